@@ -1,0 +1,1 @@
+"""What runs in the container: from a mounted spec to a verified, published adapter."""

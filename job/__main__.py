@@ -1,0 +1,70 @@
+"""``python -m job``: the entrypoint of the container, and of a run on this machine."""
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from job.errors import JobError, SpecNotMounted
+from job.exits import ExitCode
+from job.store import local_path
+
+log = logging.getLogger("job")
+
+SPEC = Path("/etc/tunejob/spec.yaml")
+OUTPUT = "TUNEJOB_OUTPUT"
+SCRATCH = "TUNEJOB_SCRATCH"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m job", description="Runs one attempt of one run.")
+    parser.add_argument("verb", nargs="?", default="run", choices=["run"])
+    parser.add_argument("--spec", type=Path, default=SPEC, help=f"the spec (default: {SPEC})")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", help=f"where runs go; the run's id is added (default: ${OUTPUT})")
+    where.add_argument("--folder", help="exactly where this run goes")
+    parser.add_argument("--work", type=Path, help=f"scratch folder (default: below ${SCRATCH} or the user's cache)")
+    return parser
+
+
+def _work_folder(uri: str) -> Path:
+    """Scratch of a run: the same for every attempt at one place, so that nothing is left behind twice."""
+    path = local_path(uri)
+    name = hashlib.sha256(str(path.resolve() if path else uri).encode()).hexdigest()[:16]
+    if os.environ.get(SCRATCH):
+        return Path(os.environ[SCRATCH]) / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "tunejob" / name
+
+
+def _run(arguments: argparse.Namespace) -> ExitCode:
+    from job.spec import read, run_id
+    from job.supervisor import supervise
+
+    if not arguments.spec.exists():
+        raise SpecNotMounted(f"no spec at {arguments.spec}; mount the ConfigMap there, or name a file with --spec")
+    spec = read(arguments.spec)
+    output = arguments.output or os.environ.get(OUTPUT)
+    if arguments.folder is None and output is None:
+        raise SpecNotMounted(f"nowhere to put the run: set {OUTPUT}, or give --output URI")
+    uri = arguments.folder or f"{output.rstrip('/')}/{run_id(spec)}"
+    return supervise(spec, uri, arguments.work or _work_folder(uri))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; the code says how it ended (``job.exits``)."""
+    from job.announce import setup_logging
+
+    setup_logging()
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except JobError as error:
+        log.error("%s", error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

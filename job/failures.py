@@ -1,0 +1,29 @@
+"""Which failure of torch's stands for which of ours. The only place that reads their texts."""
+
+import torch
+
+from job.errors import DeviceFailure, DeviceOutOfMemory, JobError
+
+_LOST = {46: "busy", 100: "not there", 214: "an ECC error", 719: "a launch failure", 999: "an unknown error"}
+"""cudaError codes after which the device is gone for this process; others are bugs."""
+
+_OUT_OF_MEMORY = 2
+
+_OOM_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory", "out of memory")
+
+
+def as_device_failure(error: BaseException) -> JobError | None:
+    """Device memory or a lost device; None for anything else."""
+    code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
+    if isinstance(error, torch.OutOfMemoryError) or code == _OUT_OF_MEMORY or _says_out_of_memory(error):
+        return DeviceOutOfMemory(
+            f"device memory: {str(error).splitlines()[0]}; lower training.micro_batch_size (the run and its loss stay "
+            "the same), set training.gradient_checkpointing: true, or use method: qlora"
+        )
+    if code in _LOST:
+        return DeviceFailure(f"the GPU reports {_LOST[code]} (CUDA error {code}); try again on another one")
+    return None
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError | MemoryError) and any(text in str(error) for text in _OOM_TEXTS)

@@ -1,0 +1,55 @@
+"""Which key of the store holds what. Keys are relative to the run's prefix and never joined by hand elsewhere."""
+
+import re
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_SAFETENSORS = "adapter_model.safetensors"
+ADAPTER_BIN = "adapter_model.bin"
+MODEL_CARD = "README.md"
+QUANTIZATION_CONFIG = "quantization_config.json"
+TRAINING_CONFIG = "training_config.yaml"
+TRAINING_LOG = "training_log.txt"
+METRICS = "metrics.jsonl"
+EVAL_RESULTS = "eval_results.json"
+
+CHECKPOINTS = "checkpoints/"
+COMMIT = "COMMIT.json"
+"""Last object of a checkpoint: lists every other one with size and SHA-256. Without it there is no checkpoint."""
+
+OWNER = "run/owner.json"
+STATUS = "run/status.json"
+ATTEMPTS = "run/attempts/"
+INPUTS = "run/inputs.json"
+CHECKPOINT_STATE = "training_state.json"
+"""What a checkpoint knows besides tensors; see ``job.checkpoint.State``."""
+
+MANIFEST = "run/manifest.json"
+"""Written last: no manifest, no result."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(?P<step>\d+)(?:\.g(?P<generation>\d+))?")
+
+
+def checkpoint_name(step: int, generation: int = 1) -> str:
+    """Folder of a checkpoint. From the second owner generation on it carries the generation.
+
+    So a pod that was cut off and wakes up again cannot overwrite what its successor committed.
+    """
+    return f"checkpoint-{step}" if generation == 1 else f"checkpoint-{step}.g{generation}"
+
+
+def checkpoint_prefix(step: int, generation: int = 1) -> str:
+    """Prefix, ending in '/', of everything that belongs to one checkpoint."""
+    return f"{CHECKPOINTS}{checkpoint_name(step, generation)}/"
+
+
+def parse_checkpoint(name: str) -> tuple[int, int] | None:
+    """Step and owner generation of a checkpoint folder's name; None for any other name."""
+    match = _CHECKPOINT.fullmatch(name)
+    if match is None:
+        return None
+    return int(match["step"]), int(match["generation"] or 1)
+
+
+def attempt_key(number: int) -> str:
+    """Where the ledger keeps the record of one attempt (numbered from 1)."""
+    return f"{ATTEMPTS}{number:06d}.json"

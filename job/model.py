@@ -1,0 +1,173 @@
+"""The base model and its adapter: loading, checking, saving. transformers, peft and bitsandbytes do the work."""
+
+import json
+import logging
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from job.device import DTYPES, Placement
+from job.errors import IntegrityFailure, SpecInvalid
+from job.layout import ADAPTER_SAFETENSORS, QUANTIZATION_CONFIG
+from job.spec import JobSpec
+
+log = logging.getLogger(__name__)
+
+
+def check_targets(folder: Path, spec: JobSpec) -> None:
+    """Builds the model without weights and sees that every name in the spec means a layer of it.
+
+    Raises:
+        SpecInvalid: `lora.target_modules` or `lora.modules_to_save` names something the model does not have; the
+            message lists what there is.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    targets = spec.lora.target_modules
+    if targets != "all-linear":
+        _refuse_unmatched("lora.target_modules", targets, linear, "linear layers")
+    _refuse_unmatched("lora.modules_to_save", spec.lora.modules_to_save, set(modules), "modules")
+
+
+def _refuse_unmatched(key: str, names: tuple[str, ...], available: set[str], what: str) -> None:
+    missing = [name for name in names if not any(one == name or one.endswith(f".{name}") for one in available)]
+    if missing:
+        endings = Counter(one.rsplit(".", 1)[-1] for one in available if one)
+        offer = ", ".join(sorted(ending for ending in endings if not ending.isdigit()))
+        raise SpecInvalid(f"{key}: {', '.join(missing)} matches nothing in this model; its {what} are: {offer}")
+
+
+def quantization_config(spec: JobSpec, precision: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes holds the base; None for plain LoRA."""
+    wanted = spec.quantized
+    if wanted is None:
+        return None
+    compute = precision if wanted.compute_dtype == "auto" else DTYPES[wanted.compute_dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=wanted.type,
+        bnb_4bit_use_double_quant=wanted.double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
+    """The frozen base on this rank's device, in its precision or in 4 bits.
+
+    Raises:
+        SpecInvalid: pickled weights that torch's restricted unpickler refuses.
+        IntegrityFailure: weights that cannot be read, or do not fit the model's config.
+    """
+    quantization = quantization_config(spec, placement.precision)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=placement.precision,
+            quantization_config=quantization,
+            device_map={"": placement.device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise SpecInvalid(
+            f"model {spec.model.name}: its pickled weights are refused by torch's restricted unpickler "
+            f"({str(error).splitlines()[0]}); convert them to safetensors"
+        ) from error
+    missing = sorted(found["missing_keys"]) + [str(key) for key in found["mismatched_keys"]]
+    if missing:
+        raise IntegrityFailure(
+            f"model {spec.model.name}: {len(missing)} tensors of the model are not in its weight files or have "
+            f"another shape, first {missing[0]}; fetch the model again"
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes re-packs 4-bit weights at the first evaluation on such a CPU; the packed product has no
+            # backward pass, so a training that goes on after it would pass no gradient through.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement) -> PeftModel:
+    """Puts a fresh adapter on the base: float32, seeded, and without effect until it is trained."""
+    wanted = spec.lora
+    torch.manual_seed(spec.training.seed)
+    config = LoraConfig(
+        r=wanted.r,
+        lora_alpha=wanted.alpha,
+        lora_dropout=wanted.dropout,
+        target_modules=wanted.target_modules if wanted.target_modules == "all-linear" else list(wanted.target_modules),
+        use_rslora=wanted.use_rslora,
+        bias=wanted.bias,
+        modules_to_save=list(wanted.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    config.base_model_name_or_path = spec.model.name
+    config.revision = spec.model.revision
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if _recomputes(spec, placement):
+        # Not prepare_model_for_kbit_training: it would make embeddings and head float32, gigabytes on a large model.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _recomputes(spec: JobSpec, placement: Placement) -> bool:
+    wanted = spec.training.gradient_checkpointing
+    return placement.device.type == "cuda" if wanted == "auto" else wanted
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path, formats: str) -> None:
+    """Writes adapter_config.json and the weights as `safetensors`, `bin` or `both`."""
+    for safe in {"safetensors": (True,), "bin": (False,), "both": (True, False)}[formats]:
+        model.save_pretrained(folder, safe_serialization=safe, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run's own card comes with the result
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Gives an adapter in place the weights in a checkpoint: nothing is wrapped twice, nothing initialised again.
+
+    Raises:
+        IntegrityFailure: the checkpoint has other tensors than this adapter.
+    """
+    weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    found = set_peft_model_state_dict(model, weights)
+    lost = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if lost or found.unexpected_keys:
+        raise IntegrityFailure(
+            f"checkpoint {folder.name}: its adapter is not this run's ({len(lost)} tensors missing, "
+            f"{len(found.unexpected_keys)} unknown)"
+        )
+
+
+def save_quantization(model: Any, folder: Path) -> None:
+    """Writes how the base was quantised, for ``BitsAndBytesConfig.from_dict``."""
+    config: BitsAndBytesConfig = model.config.quantization_config
+    (folder / QUANTIZATION_CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def adapter_files(folder: Path) -> str:
+    """`safetensors` or `bin`: the weights PEFT will read from a folder."""
+    return "safetensors" if (folder / ADAPTER_SAFETENSORS).exists() else "bin"

@@ -1,0 +1,94 @@
+"""What a run found, put together for people: eval_results.json and the model card. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from job.spec import JobSpec
+
+
+def eval_results(
+    run: str,
+    spec: JobSpec,
+    evaluation: Mapping[str, Any],
+    data: Mapping[str, Any],
+    verification: Mapping[str, Any],
+    performance: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The record in eval_results.json.
+
+    Args:
+        performance: the worker's, with its own phases.
+        seconds: the supervisor's phases; ``worker`` is all of the worker's life.
+    """
+    inner: Mapping[str, float] = performance["phases"]
+    phases = {name: value for name, value in seconds.items() if name != "worker"}
+    phases["start"] = max(0.0, seconds["worker"] - sum(inner.values()))
+    phases |= inner
+    order = ("preflight", "own", "pull", "prepare", "start", "load", "train", "seal", "evaluate", "verify")
+    train = inner["train"]
+    return {
+        "run": run,
+        "method": spec.method,
+        "model": spec.model.name,
+        "evaluation": dict(evaluation),
+        "data": dict(data),
+        "verification": dict(verification),
+        "performance": dict(performance)
+        | {
+            "phases": {name: round(phases[name], 3) for name in order if name in phases},
+            "seconds": round(sum(phases.values()), 3),
+            "train_seconds": train,
+        },
+    }
+
+
+def model_card(run: str, spec: JobSpec, results: Mapping[str, Any]) -> str:
+    """README.md of the adapter: what it is, what it scored, how it is loaded."""
+    quantized = ["- qlora"] if spec.method == "qlora" else []
+    head = ["---", f"base_model: {spec.model.name}", "library_name: peft", "tags:", "- lora", *quantized, "---"]
+    body = [
+        f"# {spec.name}",
+        f"A {'QLoRA' if spec.method == 'qlora' else 'LoRA'} adapter for `{spec.model.name}` "
+        f"(rank {spec.lora.r}, alpha {spec.lora.alpha:g}), run `{run}`.",
+        "## Evaluation",
+        *_evaluation_lines(results["evaluation"]),
+        "## Loading it",
+        loading_lines(spec, "PATH/OF/THIS/FOLDER"),
+        "`training_config.yaml` reproduces the run; `run/manifest.json` lists every file with size and SHA-256.",
+    ]
+    return "\n".join(head) + "\n\n" + "\n\n".join(body) + "\n"
+
+
+def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    if "skipped" in evaluation:
+        return [f"None: {evaluation['skipped']}"]
+    rows = ["| | base | tuned |\n|---|---|---|"]
+    for key, words in (
+        ("loss", "loss (nats per token)"),
+        ("perplexity", "perplexity"),
+        ("token_accuracy", "token accuracy"),
+        ("exact_match", "exact match"),
+    ):
+        base, tuned = evaluation["base"][key], evaluation["tuned"][key]
+        if base is not None:
+            rows.append(f"| {words} | {base:.4f} | {tuned:.4f} |")
+    return [f"{evaluation['rows']} held-out rows.", "\n".join(rows)]
+
+
+def loading_lines(spec: JobSpec, folder: str) -> str:
+    """Python that loads the adapter, as a Markdown block."""
+    lines = ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if spec.method == "qlora":
+        lines[-1] += ", BitsAndBytesConfig"
+        lines += ["import json", f'quantization = json.load(open("{folder}/quantization_config.json"))']
+        extra = ", quantization_config=BitsAndBytesConfig.from_dict(quantization)"
+    else:
+        extra = ""
+    lines += [
+        f'base = AutoModelForCausalLM.from_pretrained("{spec.model.name}"{extra})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'model = PeftModel.from_pretrained(base, "{folder}")',
+        "```",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,488 @@
+"""The spec: what one run trains. Frozen, closed, and every default explained where it stands.
+
+People write sparse YAML; ``read`` checks it and reports every problem at once; ``dump`` writes it back with every
+default spelled out, so that a later release cannot change what an old run meant.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from job import strict_yaml
+from job.errors import SpecInvalid
+from job.spec_draft import Draft
+from job.spec_problems import Problem, explain, shown, text_problems
+from job.spec_reference import markdown
+
+SPEC_VERSION: Final = 1
+
+
+class Section(BaseModel):
+    """One block of the spec: unknown keys refused, values never change after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+def _from_text(value: object) -> object:
+    """The short form ``model: NAME`` is the long form with only ``from``."""
+    return {"from": value} if isinstance(value, str) else value
+
+
+def _sources(value: object) -> object:
+    """One input may stand without a list around it."""
+    if isinstance(value, str | dict):
+        value = [value]
+    return [_from_text(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+Names = Annotated[tuple[str, ...], Strict(False)]
+"""A list of names; not strict, because YAML has lists where a frozen spec has tuples."""
+
+
+class Model(Section):
+    """The base model. ``model: NAME`` is short for ``model: {from: NAME}``."""
+
+    source: str = Field(alias="from", min_length=1, examples=["s3://models/Llama-3.1-8B-Instruct"])
+    """Where it is: a hub id (`org/name`), a directory, or an `s3://` prefix. A directory that exists wins over a hub
+    id of the same name; relative directories start where the command was called."""
+    id: str | None = None
+    """The name under which the adapter will look for its base (`base_model_name_or_path`). Left out: `from`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model. Left out: its main branch, pinned to the commit found at the start."""
+
+    @property
+    def name(self) -> str:
+        """The user's name for the base."""
+        return self.id if self.id is not None else self.source
+
+
+class Source(Section):
+    """One input of the training data. A plain string is short for ``{from: STRING}``."""
+
+    source: str = Field(alias="from", min_length=1, examples=["data/train.jsonl"])
+    """File, or `s3://` object: .jsonl, .json, .csv, .tsv or .parquet."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """Expected copies of each row per epoch: 1 takes every row once, 0.5 half of them, 2 each twice."""
+
+
+class Columns(Section):
+    """Which columns hold what, for data whose columns have names of their own.
+
+    For instance `{prompt: question, completion: answer}`.
+    """
+
+    prompt: str | None = None
+    """Column with the question or instruction."""
+    completion: str | None = None
+    """Column with the answer, the part that is trained."""
+    system: str | None = None
+    """Column with a system message put before the prompt; needs a chat template."""
+    messages: str | None = None
+    """Column with the list of messages."""
+    text: str | None = None
+    """Column with plain text, all of which is trained."""
+
+
+class Data(Section):
+    """What is trained on, and what it is measured on."""
+
+    train: Annotated[
+        tuple[Source, ...],
+        BeforeValidator(_sources, json_schema_input_type=str | Source | list[str | Source]),
+    ] = Field(strict=False, min_length=1, examples=["data/train.jsonl"])
+    """The training data: one file or URI, or a list of `{from, weight}`."""
+    eval: str | None = None
+    """Evaluation data of its own. Rows of it that stand in the training data are counted and reported."""
+    eval_split: float = Field(0.0, ge=0, le=0.5)
+    """Share of the training rows set aside for evaluation, by a hash of each row's content: adding rows moves no other
+    row, and equal rows stay on one side. Not together with `eval`."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
+    """Shape of the rows. Left out: recognised by the columns of the first row."""
+    columns: Columns = Columns()
+    """Names of the columns, where they differ from the format's own."""
+    chat_template: str | None = None
+    """Left out: the model's own template where it has one; without it, alpaca and prompt/completion rows are plain text
+    and `messages` are refused. `none`: plain text in any case. `chatml`, `llama3`, `gemma`, `qwen`: that template. A
+    file name ending in .jinja: its content. What was used is published with the adapter."""
+    train_on: Literal["completion", "assistant", "last", "all"] = "assistant"
+    """Which tokens are trained: `assistant` (the same as `completion`): every answer and its end-of-turn; `last`: only
+    the last answer of a conversation; `all`: every token."""
+    max_bad_rows: int = Field(0, ge=0)
+    """Broken rows (bad JSON, missing column, wrong type) that are skipped and counted before the run is refused."""
+    max_dropped: float = Field(0.1, ge=0, le=1)
+    """Share of rows that `training.long_rows` may drop before the run is refused."""
+
+    @field_validator("eval_split")
+    @classmethod
+    def _one_way_to_evaluate(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("eval") is not None:
+            raise ValueError("not together with data.eval; name the evaluation data, or set a share aside")
+        return value
+
+
+class Lora(Section):
+    """The adapter (LoRA, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024)
+    """Rank of the update. An adapted matrix gains r * (d_in + d_out) parameters."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the update: the layer adds (alpha / r) * B @ A."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero while training."""
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Names (or endings of names) of the layers to adapt; `all-linear` is every linear layer but the output head."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (rsLoRA, arXiv:2312.03732)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which bias vectors are trained besides. With other than `none` the base without the adapter is no longer the
+    untouched base; some servers refuse such adapters."""
+    modules_to_save: Names = ()
+    """Whole modules trained and saved besides the adapter (for instance a classification head)."""
+
+
+class Quantization(Section):
+    """How QLoRA (arXiv:2305.14314) holds the frozen base: 4 bits a weight, by bitsandbytes."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Data type of a 4-bit weight; nf4 suits normally distributed weights."""
+    double_quant: bool = True
+    """Quantise the quantisation constants too: about 0.4 bits a weight less."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which de-quantised weights are multiplied. `auto`: the run's precision on the device at hand."""
+
+
+class Training(Section):
+    """How it is trained."""
+
+    epochs: float = Field(3.0, gt=0, le=1000)
+    """Passes over the training data; fractions are fine. Without effect where `max_steps` is given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all. Left out: what `epochs` comes to."""
+    batch_size: int = Field(16, ge=1, le=65536)
+    """Sequences per optimizer step, all devices together."""
+    micro_batch_size: int = Field(4, ge=1, le=65536)
+    """Times `max_length` this is the token budget of a micro-batch. Lower it when memory runs out: the loss stays the
+    same, and so does the run."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up: down to `min_lr` along a half cosine or a line, or level."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of all steps in which the learning rate rises from 0 to its peak."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the last step; below `learning_rate`. Without effect on `constant`."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """`adamw`: torch's, states in fp32. `paged_adamw_8bit`: bitsandbytes', states in 8 bits that may leave the GPU."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Decoupled weight decay (arXiv:1711.05101) on the adapter's matrices."""
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    """Adam's decay rates of the first and second moment, both in [0, 1)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Bound on the global L2 norm of the gradient, applied once per optimizer step."""
+    max_length: int = Field(1024, ge=8, le=10_000_000)
+    """Tokens a row may have, end-of-turn included. Above the model's own limit it is refused."""
+    long_rows: Literal["drop", "error", "truncate", "truncate_prompt"] = "drop"
+    """What happens to longer rows. `drop`: left out, counted, bounded by `data.max_dropped`. `error`: the run is
+    refused. `truncate`: the end is cut (no end-of-turn is put in its place). `truncate_prompt`: the beginning of the
+    prompt is cut and the answer stays whole; where the answer alone is too long the row is dropped."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on GPUs that have it (Ampere and later), float16 with loss scaling on older ones, float32 on the
+    CPU. The adapter itself is always float32."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more work. `auto`: on a GPU."""
+    seed: int = Field(42, ge=0, lt=2**31)
+    """Seeds the adapter's first values, the order of rows and dropout."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """`reference`: the model's own forward on padded rows. `auto`: padding-free batches with attention per document and
+    logits for trained tokens only, compared with the reference at the start; a difference falls back to it."""
+    logging_steps: int = Field(10, ge=1)
+    """Optimizer steps between two lines of metrics.jsonl."""
+    loader_workers: int = Field(0, ge=0, le=64)
+    """Threads that prepare batches ahead of the step. 0: none. Never changes the result."""
+
+    @field_validator("min_lr")
+    @classmethod
+    def _below_the_peak(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("learning_rate", value):
+            raise ValueError(f"{value:g} lies above training.learning_rate ({info.data['learning_rate']:g}); lower it")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"both numbers lie in [0, 1), not {list(value)}; 0.9 and 0.999 are usual")
+        return value
+
+
+class Checkpoints(Section):
+    """When the state of the training is saved, and how much of it is kept. The last step is always saved."""
+
+    every_steps: int | None = Field(100, ge=1)
+    """Optimizer steps between two checkpoints; null for none by steps."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Minutes between two checkpoints, whichever comes first."""
+    keep: Literal["all"] | int = 2
+    """Newest committed checkpoints kept besides the best; `all` keeps every one."""
+
+    @field_validator("keep")
+    @classmethod
+    def _at_least_one(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"expected all, or a whole number of at least 1, not {value}")
+        return value
+
+
+class Evaluation(Section):
+    """How base and tuned model are compared when training is over, and what is measured on the way."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations during training; left out: only at the end."""
+    max_rows: int | None = Field(None, ge=1)
+    """At most this many evaluation rows, the first ones; left out: all."""
+    generate_rows: int = Field(0, ge=0)
+    """Evaluation rows answered by greedy generation and compared word for word (exact match), by base and tuned."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Tokens a generated answer may have."""
+
+
+class Output(Section):
+    """What is published."""
+
+    adapter_format: Literal["safetensors", "bin", "both"] = "safetensors"
+    """File format of the adapter. `bin` is a pickle that PEFT reads with weights_only; some old loaders need it."""
+
+
+class Resources(Section):
+    """How much of the cluster one attempt gets. May change between attempts of one run."""
+
+    gpus: int = Field(0, ge=0, le=1024)
+    """GPUs. 0 asks for none: the run takes one that is visible, else the CPU. More than 0 and none visible: exit 82."""
+    gpu_type: str | None = None
+    """A name from the profile's `gpu_types`."""
+    nodes: int = Field(1, ge=1, le=1024)
+    """Pods that train together."""
+    cpu: str | None = None
+    """Kubernetes quantity, for instance `8` or `500m`."""
+    memory: str | None = None
+    """Kubernetes quantity, for instance `64Gi`."""
+    ephemeral_storage: str | None = None
+    """Kubernetes quantity of scratch space on the node."""
+    grace_seconds: int = Field(120, ge=10, le=86400)
+    """Seconds between the request to leave and the kill."""
+    deadline_seconds: int = Field(86400, ge=60)
+    """Seconds one admission of the Job may be active."""
+    budget_hours: float | None = Field(None, gt=0, alias="budget")
+    """Hours over all attempts."""
+
+
+class Scheduling(Section):
+    """When and where in the queue. Wins over the profile."""
+
+    queue: str | None = None
+    """Kueue LocalQueue."""
+    priority: str | None = None
+    """Priority class."""
+    cron: str | None = None
+    """Cron line; each fire is a run of its own."""
+    time_zone: str | None = None
+    """Time zone of `cron`, for instance `Asia/Tokyo`."""
+
+
+class JobSpec(Section):
+    """What one run trains."""
+
+    version: Literal[1] = SPEC_VERSION
+    """Version of this format."""
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=30, examples=["support-ja"])
+    """Begins the run's id: lower-case letters, digits and dashes, at most 30, a letter first."""
+    model: Annotated[Model, BeforeValidator(_from_text, json_schema_input_type=str | Model)] = Field(
+        examples=["s3://models/Llama-3.1-8B-Instruct"]
+    )
+    """The base model. A name alone is short for `{from: NAME}`."""
+    data: Data = Field(examples=[{"train": "data/train.jsonl"}])
+    """What is trained on, and what it is measured on."""
+    method: Literal["lora", "qlora"] = "lora"
+    """`lora`: the base as it is. `qlora`: the base held in 4 bits."""
+    lora: Lora = Lora()
+    """The adapter."""
+    quantization: Quantization | None = None
+    """How QLoRA holds the base; only with `method: qlora`."""
+    training: Training = Training()
+    """How it is trained."""
+    checkpoints: Checkpoints = Checkpoints()
+    """When the state of the training is saved."""
+    evaluation: Evaluation = Evaluation()
+    """How base and tuned model are compared."""
+    output: Output = Output()
+    """What is published."""
+    resources: Resources = Resources()
+    """How much of the cluster one attempt gets."""
+    scheduling: Scheduling = Scheduling()
+    """When and where in the queue."""
+    restart: int = Field(0, ge=0)
+    """Raise it to have a new Job made where a failed one stands (GitOps)."""
+
+    @field_validator("quantization")
+    @classmethod
+    def _quantization_needs_qlora(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
+        if value is not None and info.data.get("method") == "lora":
+            raise ValueError("only with method: qlora; change the method, or remove this block")
+        return value
+
+    @property
+    def quantized(self) -> Quantization | None:
+        """How the base is quantised, defaults included; None for plain LoRA."""
+        return (self.quantization or Quantization()) if self.method == "qlora" else None
+
+
+IDENTITY = ("model", "data", "method", "lora", "quantization", "training", "evaluation")
+"""The parts that make one run another run. What it is called, costs and leaves behind is not among them."""
+
+WITHOUT_EFFECT = ("micro_batch_size", "gradient_checkpointing", "kernels", "logging_steps", "loader_workers")
+"""Keys of ``training`` that must not change the result, so that a run may go on with other values of them."""
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """The spec in a file, with ``KEY=VALUE`` overrides such as ``training.learning_rate=1e-4`` laid over it.
+
+    Raises:
+        SpecInvalid: there is no such file, it cannot be read, or every problem in it.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(strict_yaml.MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SpecInvalid(f"{path}: no such file; name a spec that is there, or write one with: tunejob init") from None
+    except IsADirectoryError:
+        raise SpecInvalid(f"{path}: a directory; name the spec file inside it") from None
+    except PermissionError:
+        raise SpecInvalid(f"{path}: may not be read by this user; check its permissions") from None
+    except (OSError, ValueError) as error:
+        raise SpecInvalid(f"{path}: cannot be read ({error}); name another file") from None
+    return parse(content, str(path), overrides)
+
+
+def parse(text: str | bytes, source: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The spec in a YAML text; ``source`` is what messages call it. Raises SpecInvalid with every problem."""
+    document = strict_yaml.parse_document(text, source)
+    draft = Draft.of(document.value, source, document.lines)
+    for override in overrides:
+        draft.override(override, expand=_expanded)
+    return _checked(draft)
+
+
+def from_mapping(value: Mapping[str, Any], source: str, lines: Mapping[strict_yaml.Path, int] | None = None) -> JobSpec:
+    """The spec in a mapping that was read elsewhere. Raises SpecInvalid with every problem."""
+    return _checked(Draft.of(value, source, lines or {}))
+
+
+def resolved(spec: JobSpec) -> JobSpec:
+    """The same run with nothing left to a default that depends on another key."""
+    model = spec.model.model_copy(update={"id": spec.model.name})
+    return spec.model_copy(update={"model": model, "quantization": spec.quantized})
+
+
+def dump(spec: JobSpec) -> str:
+    """The resolved spec as YAML, every default spelled out; reading it back gives ``resolved(spec)``."""
+    return strict_yaml.dump_document(_record(spec))
+
+
+def identity(spec: JobSpec) -> dict[str, Any]:
+    """What is trained: the part of the resolved spec that two specs of one run have in common."""
+    parts = {key: value for key, value in _record(spec).items() if key in IDENTITY}
+    training = {key: value for key, value in parts["training"].items() if key not in WITHOUT_EFFECT}
+    return {**parts, "training": training}
+
+
+def digest(spec: JobSpec) -> str:
+    """SHA-256 (lower-case hex) of what is trained; the same for a sparse spec and its resolved form."""
+    canonical = json.dumps(identity(spec), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def run_id(spec: JobSpec) -> str:
+    """``<name>-<first 8 digits of the digest>``."""
+    return f"{spec.name}-{digest(spec)[:8]}"
+
+
+def differences(here: JobSpec, there: JobSpec) -> list[str]:
+    """Where two specs train something else: ``training.learning_rate: 0.0002 here, 0.0001 there``."""
+    ours, theirs = _leaves(identity(here)), _leaves(identity(there))
+    absent = "absent"
+    return [
+        f"{path}: {ours.get(path, absent)} here, {theirs.get(path, absent)} there"
+        for path in [*ours, *(path for path in theirs if path not in ours)]
+        if ours.get(path) != theirs.get(path)
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a spec as people write it, short forms included; for editors."""
+    schema = JobSpec.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def reference() -> str:
+    """The manual page of the spec, in Markdown: path, type, default and meaning of every key."""
+    return markdown(JobSpec)
+
+
+def _record(spec: JobSpec) -> dict[str, Any]:
+    record = resolved(spec).model_dump(mode="json", by_alias=True)
+    return {key: value for key, value in record.items() if key != "quantization" or value is not None}
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, str]:
+    """Every value below, as messages show it, by its path; a list of plain values counts as one."""
+    if isinstance(value, dict):
+        items: list[tuple[str, Any]] = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {path: shown(value)}
+    prefix = f"{path}." if path else ""
+    return {leaf: text for key, item in items for leaf, text in _leaves(item, f"{prefix}{key}").items()}
+
+
+def _expanded(path: strict_yaml.Path, value: Any) -> Any:
+    """A value in its long form, so that an override can reach inside."""
+    if path == ("model",):
+        return _from_text(value)
+    return _sources(value) if path == ("data", "train") else value
+
+
+def _checked(draft: Draft) -> JobSpec:
+    """The spec that a draft describes, or every problem at once, in the order of the file."""
+    version = draft.value.get("version")
+    if isinstance(version, int) and version > SPEC_VERSION:
+        # Keys that this release does not know are no news then.
+        what = f"{version} is of a newer tunejob, this one reads {SPEC_VERSION}; upgrade it, or take a newer image"
+        raise draft.refusal([(("version",), what)])
+    problems: dict[strict_yaml.Path, str] = dict(text_problems(draft.value))
+    try:
+        spec = JobSpec.model_validate(draft.value, by_alias=True, by_name=False)
+    except ValidationError as error:
+        found: list[Problem] = explain(error.errors(include_url=False), JobSpec, draft.value)
+        problems = {**dict(found), **problems}
+    else:
+        if not problems and not draft.problems:
+            return spec
+    raise draft.refusal(list(problems.items()))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -1,0 +1,71 @@
+"""Runs side by side: the table by method that the first users know, with the figures the runs really took. Pure."""
+
+from collections.abc import Sequence
+
+from launcher.results import Results
+from launcher.summary import mebibytes, rows_of
+
+_WORDS: dict[str, dict[str, str]] = {
+    "en": {
+        "head": "method|memory|training speed|accuracy|use",
+        "lora": "fine-tuning in general",
+        "qlora": "large models, little memory",
+        "speed": "{:,.0f} tokens/s",
+        "exact": "exact match {:.1%}",
+        "token": "tokens right {:.1%}",
+        "loss": "loss {:.4f}",
+        "mixed": "The runs differ in {what}: the figures do not compare the methods alone.",
+        "model": "base model",
+        "rows": "evaluation rows",
+        "device": "device",
+    },
+    "ja": {
+        "head": "手法|メモリ使用量|学習速度|精度|用途",
+        "lora": "一般的なファインチューニング",
+        "qlora": "大規模モデル・メモリ制限時",
+        "speed": "{:,.0f} トークン/秒",
+        "exact": "完全一致 {:.1%}",
+        "token": "トークン正解率 {:.1%}",
+        "loss": "損失 {:.4f}",
+        "mixed": "{what}が異なるため、手法だけの比較にはなりません。",
+        "model": "ベースモデル",
+        "rows": "評価行数",
+        "device": "デバイス",
+    },
+}
+_METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
+_SHARED = {"model": "model", "rows": "evaluation.rows", "device": "performance.device"}
+"""What has to be the same for a fair comparison, and where the record has it."""
+LANGUAGES = tuple(_WORDS)
+
+
+def table(runs: Sequence[Results], language: str = "en") -> str:
+    """A Markdown table, a row per run in the order given; below it what the runs do not share."""
+    words = _WORDS[language]
+    head = words["head"].split("|")
+    lines = rows_of([head, ["---"] * len(head), *(_row(run, words) for run in runs)])
+    differing = [words[word] for word, path in _SHARED.items() if len({str(run[path]) for run in runs}) > 1]
+    if differing:
+        joint = "、" if language == "ja" else ", "
+        lines += ["", words["mixed"].format(what=joint.join(differing))]
+    return "\n".join(lines)
+
+
+def _row(run: Results, words: dict[str, str]) -> list[str]:
+    method = str(run["method"])
+    peak, speed = run.peak_memory, run.tokens_per_second
+    return [
+        f"{_METHODS.get(method, method)} ({run.name})",
+        "-" if peak is None else mebibytes(peak),
+        "-" if speed is None else words["speed"].format(speed),
+        accuracy(run, words),
+        words.get(method, "-"),
+    ]
+
+
+def accuracy(run: Results, words: dict[str, str]) -> str:
+    """Exact match where answers were generated, else the share of tokens foretold; and the loss."""
+    exact, token, loss = (run.figure(f"evaluation.tuned.{key}") for key in ("exact_match", "token_accuracy", "loss"))
+    share = words["exact"].format(exact) if exact is not None else token is not None and words["token"].format(token)
+    parts = [share, loss is not None and words["loss"].format(loss)]
+    return ", ".join(part for part in parts if part) or "-"

@@ -1,0 +1,111 @@
+"""Writes what is made out of the code: ``python -m launcher.documents`` (``make docs``). A test keeps the files equal.
+
+configs/schema.json            of a spec
+configs/config.schema.json     of the old flat config file
+docs/spec.md                   every key of a spec
+tables between markers in README.md, README.ja.md and docs/design.md
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from job.exits import EXITS, JobReaction
+from job.spec import json_schema, reference
+from launcher.legacy import FLAT, FOUR_BIT
+
+_BEGIN, _END = "<!-- {name}: made by `make docs` -->", "<!-- end of {name} -->"
+
+_REACTIONS = {
+    JobReaction.COMPLETE: "complete",
+    JobReaction.IGNORE: "another pod, not counted",
+    JobReaction.COUNT: "another pod, counted",
+    JobReaction.FAIL: "fail: trying again cannot help",
+}
+
+
+def made(root: Path) -> dict[Path, str]:
+    """Every file that is made, whole or in part, and what it should hold."""
+    files = {
+        root / "configs" / "schema.json": _json(json_schema()),
+        root / "configs" / "config.schema.json": _json(flat_schema()),
+        root / "docs" / "spec.md": reference(),
+    }
+    for page in (root / "README.md", root / "README.ja.md", root / "docs" / "design.md"):
+        files[page] = with_tables(page.read_text(encoding="utf-8"), {"exit codes": exit_table()})
+    return files
+
+
+def flat_schema() -> dict[str, Any]:
+    """JSON Schema of the flat config file: each key has the schema of the place in the spec that it stands for."""
+    whole = json_schema()
+    keys = {key: _at(whole, path) for key, path in FLAT.items()}
+    keys["target_modules"] = {**keys["target_modules"]}
+    keys["target_modules"]["anyOf"] = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    keys[FOUR_BIT] = {"type": "boolean", "description": "Hold the base in 4 bits: train-qlora."}
+    return {
+        "$schema": whole["$schema"],
+        "title": "Settings of train-lora and train-qlora",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": dict(sorted(keys.items())),
+    }
+
+
+def exit_table() -> str:
+    """The exit contract as a Markdown table."""
+    lines = ["| code | name | meaning | a Kubernetes Job does |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.code} | {row.code.name} | {row.meaning} | {_REACTIONS[row.reaction]} |" for row in EXITS.values()
+    ]
+    return "\n".join(lines)
+
+
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """A page with each table put between its markers; a page without the markers stays as it is."""
+    for name, table in tables.items():
+        begin, end = _BEGIN.format(name=name), _END.format(name=name)
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, new=f"{begin}\n{table}\n{end}": new, text)  # type: ignore[misc]
+    return text
+
+
+def _at(schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """The part of a schema at a dotted path, references followed."""
+    place = schema
+    for key in path.split("."):
+        place = _followed(schema, place)["properties"][key]
+    text = place.get("description")
+    place = {key: value for key, value in _followed(schema, place).items() if key not in ("title", "$defs")}
+    if path == "model":
+        place = {"type": "string"}
+    return {**place, **({"description": text} if text else {})}
+
+
+def _followed(schema: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+    """The object that a (possibly optional) reference stands for."""
+    for option in (place, *place.get("anyOf", ())):
+        if name := option.get("$ref"):
+            found: dict[str, Any] = schema["$defs"][name.rpartition("/")[2]]
+            return found
+    return place
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    """Writes the files that differ and names them."""
+    root = Path(__file__).resolve().parent.parent
+    for path, text in made(root).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(root))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The text that closes a run: base against tuned, what it cost, and how to load the adapter. Pure."""
+
+from collections.abc import Callable, Iterable
+
+from launcher.results import Results
+
+MIB = 1 << 20
+
+_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("loss", "loss", "{:.4f}".format),
+    ("perplexity", "perplexity", "{:.3f}".format),
+    ("token accuracy", "token_accuracy", "{:.1%}".format),
+    ("exact match", "exact_match", "{:.1%}".format),
+)
+"""Title, key in the record, and how the number is written."""
+
+_LOAD = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({model!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = PeftModel.from_pretrained(base, {folder!r})"""
+
+_LOAD_4BIT = """\
+import json
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+with open({folder!r} + "/quantization_config.json") as file:
+    quantization = BitsAndBytesConfig.from_dict(json.load(file))
+base = AutoModelForCausalLM.from_pretrained({model!r}, quantization_config=quantization, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = PeftModel.from_pretrained(base, {folder!r})"""
+
+
+def summary(results: Results) -> str:
+    """Several lines: figures, held-out rows, time, memory, verification, and the Python lines that load the adapter."""
+    facts = {
+        "held out": held_out(results),
+        "time": spent(results),
+        "memory": memory(results),
+        "checked": verified(results),
+        "adapter": local_name(results.uri),
+    }
+    return "\n".join(
+        [
+            f"{results.name}: finished",
+            "",
+            *figures(results),
+            "",
+            *(f"{title:<15} {text}" for title, text in facts.items() if text),
+            "",
+            "To load it:",
+            "",
+            *(f"    {line}" for line in loading(results).splitlines()),
+        ]
+    )
+
+
+def figures(results: Results) -> list[str]:
+    """The table of base against tuned; one line with the reason where nothing was measured."""
+    if reason := results["evaluation.skipped"]:
+        return [f"not evaluated: {reason}"]
+    lines = [f"{'':<15} {'base':>10} {'tuned':>10}"]
+    for title, key, written in _FIGURES:
+        pair = [results.figure(f"evaluation.{side}.{key}") for side in ("base", "tuned")]
+        if any(number is not None for number in pair):
+            cells = ("-" if number is None else written(number) for number in pair)
+            lines.append(f"{title:<15} " + " ".join(f"{cell:>10}" for cell in cells))
+    return lines if len(lines) > 1 else ["not evaluated"]
+
+
+def held_out(results: Results) -> str:
+    """How many rows the figures stand on, and whether any of them was trained on."""
+    rows, overlap = results.figure("evaluation.rows"), results.figure("data.overlap")
+    if rows is None:
+        return ""
+    if overlap is None:
+        return f"{rows:,.0f} rows"
+    return f"{rows:,.0f} rows, {f'{overlap:,.0f}' if overlap else 'none'} of them in the training data"
+
+
+def spent(results: Results) -> str:
+    """Seconds of each phase, and of the whole."""
+    phases = results["performance.phases"]
+    names = phases if isinstance(phases, dict) else {}
+    timed = {name: results.figure(f"performance.phases.{name}") for name in names}
+    parts = [f"{name} {duration(seconds)}" for name, seconds in timed.items() if seconds is not None]
+    whole = results.figure("performance.seconds")
+    return ": ".join(filter(None, ["" if whole is None else f"{duration(whole)} in all", ", ".join(parts)]))
+
+
+def memory(results: Results) -> str:
+    """The highest point of memory, and of what."""
+    peak = results.peak_memory
+    if peak is None:
+        return ""
+    device = results["performance.device"]
+    return f"{mebibytes(peak)} at most" + (f" ({device})" if device else "")
+
+
+def verified(results: Results) -> str:
+    """What a fresh process found when it loaded the adapter with stock PEFT."""
+    match results["verification.level"]:
+        case "logits":
+            difference = results.figure("verification.max_abs_difference")
+            extent = "" if difference is None else f" (largest difference {difference:.1e})"
+            return f"a fresh process loaded the adapter and got the same logits{extent}"
+        case "structural":
+            return "a fresh process found every key, shape and hash right; logits were not compared"
+    return ""
+
+
+def loading(results: Results) -> str:
+    """Python that loads base and adapter."""
+    template = _LOAD_4BIT if results["method"] == "qlora" else _LOAD
+    return template.format(model=str(results["model"] or "BASE MODEL"), folder=local_name(results.uri))
+
+
+def local_name(uri: str) -> str:
+    """A folder of this machine as Python and the shell want it: without ``file:``."""
+    return uri.removeprefix("file://").removeprefix("file:").removeprefix("./").rstrip("/") or uri
+
+
+def mebibytes(count: float) -> str:
+    """Bytes, in MiB."""
+    return f"{count / MIB:,.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``3 min 05 s``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def rows_of(lines: Iterable[Iterable[str]]) -> list[str]:
+    """Markdown table rows."""
+    return [f"| {' | '.join(cells)} |" for cells in lines]

@@ -1,0 +1,213 @@
+"""Readers: every kind of file, and every way in which one can be broken."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job import rows as rows_module
+from job.errors import DataInvalid, InputMissing
+from job.inputs import Input
+from job.rows import BadRows, Row, read_rows
+from tests.job.tiny import numbered_rows, write_rows
+
+ROW = b'{"text": "one"}\n'
+
+
+def read(path: Path, max_bad: int = 0, has_header: bool = True) -> tuple[list[Row], BadRows]:
+    bad = BadRows(max_bad)
+    return list(read_rows(Input(path.name, path), bad, has_header)), bad
+
+
+def refusal(path: Path, max_bad: int = 0) -> str:
+    with pytest.raises(DataInvalid) as caught:
+        read(path, max_bad)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
+    wanted = [*numbered_rows(600), {"prompt": 'a "quote", a\ttab\nand a line', "completion": "日本語 é"}]
+    found, bad = read(write_rows(tmp_path / f"data{ending}", wanted))
+    assert [row.values for row in found] == wanted
+    assert not bad.kinds
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(ROW + ROW)
+    assert [row.origin for row in read(path)[0]] == ["data.json:1", "data.json:2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("crlf.jsonl", b'{"text": "one"}\r\n{"text": "two"}\r\n'),
+        ("bom.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n'),
+        ("blank.jsonl", b'\n{"text": "one"}\n  \n\n{"text": "two"}'),
+        ("bom.json", b'\xef\xbb\xbf [{"text": "one"},\r\n {"text": "two"}]\n'),
+        ("crlf.csv", b"text\r\none\r\n\r\ntwo\r\n"),
+        ("bom.csv", b"\xef\xbb\xbftext\none\ntwo\n"),
+    ],
+)
+def test_line_ends_marks_and_blank_lines_do_not_matter(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert [row.values for row in read(path)[0]] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_unicode_line_separators_do_not_end_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one\u2028two\x85"}\n', encoding="utf-8")
+    assert [row.values for row in read(path)[0]] == [{"text": "one\u2028two\x85"}]
+
+
+def test_rows_are_numbered_by_the_line_they_start_on(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('text\n\n"one\nmore"\ntwo\n', encoding="utf-8")
+    assert [row.number for row in read(path)[0]] == [3, 5]
+
+
+def test_a_table_without_header_has_numbered_columns(tmp_path: Path) -> None:
+    path = tmp_path / "data.tsv"
+    path.write_text("What?\t18\nWho?\t3\n", encoding="utf-8")
+    found, _ = read(path, has_header=False)
+    assert [row.values for row in found] == [{"0": "What?", "1": "18"}, {"0": "Who?", "1": "3"}]
+
+
+BAD_ROWS = {
+    "invalid JSON": (b'{"text": "one"\n', "data.jsonl:2", "invalid JSON"),
+    "not an object": (b"[1]\n", "data.jsonl:2", "a list stands where a row should"),
+    "null": (b"null\n", "data.jsonl:2", "a null stands"),
+    "invalid UTF-8": (b'{"text": "\xff"}\n', "data.jsonl:2", "byte 11"),
+    "NUL": (b'{"text": "a\0"}\n', "data.jsonl:2", "NUL character"),
+    "duplicate key": (b'{"text": "a", "text": "b"}\n', "data.jsonl:2", "duplicate key: 'text'"),
+    "nested duplicate key": (b'{"m": [{"a": 1, "a": 2}]}\n', "data.jsonl:2", "duplicate key: 'a'"),
+    "deep nesting": (b"[" * 100_000 + b"\n", "data.jsonl:2", "nested too deeply"),
+    "endless number": (b'{"text": ' + b"1" * 10_000 + b"}\n", "data.jsonl:2", "invalid JSON"),
+}
+
+
+@pytest.mark.parametrize(("content", "where", "what"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, content: bytes, where: str, what: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW + content + ROW)
+    message = refusal(path)
+    assert message.startswith(where)
+    assert what in message
+
+
+@pytest.mark.parametrize("content", [content for content, _, _ in BAD_ROWS.values()], ids=BAD_ROWS)
+def test_bad_rows_up_to_the_limit_are_skipped_and_counted(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW + content + ROW)
+    found, bad = read(path, max_bad=1)
+    assert [row.number for row in found] == [1, 3]
+    assert bad.kinds.total() == 1
+
+
+def test_one_bad_row_more_than_the_limit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"x\n" + ROW + b"y\n")
+    assert refusal(path, max_bad=1).startswith("data.jsonl:3: invalid JSON")
+
+
+def test_a_huge_line_is_one_bad_row_and_reading_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 100)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW + b'{"text": "' + b"a" * 1000 + b'"}\n' + ROW)
+    found, bad = read(path, max_bad=1)
+    assert [row.number for row in found] == [1, 3]
+    assert dict(bad.kinds) == {"row too large": 1}
+
+
+def test_a_duplicate_key_in_an_array_spoils_only_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[{"a": "1", "a": "2"}, {"a": "3"}, 7]')
+    found, bad = read(path, max_bad=2)
+    assert [(row.number, row.values) for row in found] == [(2, {"a": "3"})]
+    assert dict(bad.kinds) == {"duplicate key": 1, "not an object": 1}
+
+
+BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("data.jsonl", b"", "is empty"),
+    "blank lines only": ("data.jsonl", b"\n\n", "holds no rows"),
+    "empty array": ("data.json", b"[ ]", "holds no rows"),
+    "header only": ("data.csv", b"text\n", "holds no rows"),
+    "unknown ending": ("data.txt", b"text", "the name ends in .txt; known are .jsonl"),
+    "no ending": ("data", b"text", "ends in nothing"),
+    "UTF-16": ("data.jsonl", '{"a": "b"}'.encode("utf-16"), "is UTF-16"),
+    "not parquet": ("data.parquet", b"PAR1 no", "cannot be read as parquet"),
+    "array cut off": ("data.json", b'[{"a": "b"},\n{"a": ', "invalid JSON at line 2"),
+    "array without comma": ("data.json", b'[{"a": "b"}\n{"a": "c"}]', "invalid JSON at line 2"),
+    "text after array": ("data.json", b'[{"a": "b"}]\nmore', "more text after"),
+    "array not UTF-8": ("data.json", b'[{"a": "\xff"}]', "is not UTF-8"),
+    "column twice": ("data.csv", b"a,a\n1,2\n", "names column 'a' twice"),
+    "too many fields": ("data.csv", b"a,b\n1,2,3\n", "data.csv:2: wrong number of fields: 3 where the header has 2"),
+    "too few fields": ("data.tsv", b"a\tb\n1\n", "data.tsv:2: wrong number of fields"),
+    "open quote": ("data.csv", b'a,b\n1,"2\n3,4\n', "data.csv:2: malformed field"),
+    "table not UTF-8": ("data.csv", b"a\nb\n\xff\n", "data.csv:3: invalid UTF-8"),
+    "NUL in table": ("data.csv", b"a\nb\0\n", "data.csv:2: NUL character"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "what"), BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_refused_with_the_reason(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert what in refusal(path)
+
+
+def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.parquet", numbered_rows(3000))
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + b"\0" * 400 + content[600:])
+    assert "cannot be read as parquet" in refusal(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"absent\.jsonl: no such file"):
+        read(tmp_path / "absent.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is not a file" in refusal(tmp_path / "folder.jsonl")
+
+
+def test_messages_use_the_name_of_the_user_and_its_ending(tmp_path: Path) -> None:
+    path = tmp_path / "train-0"
+    path.write_bytes(b"x\n")
+    with pytest.raises(DataInvalid, match=r"^s3://corpus/wiki\.jsonl:1: invalid JSON"):
+        list(read_rows(Input("s3://corpus/wiki.jsonl", path), BadRows(0)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=200), ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet"]))
+def test_no_bytes_whatsoever_end_in_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / f"data{ending}"
+    path.write_bytes(content)
+    with contextlib.suppress(DataInvalid):
+        found, bad = read(path, max_bad=3)
+        assert found or bad.kinds
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    values=st.lists(st.dictionaries(st.text(), json_values), min_size=1, max_size=5), indent=st.sampled_from([None, 1])
+)
+def test_an_array_read_piece_by_piece_is_what_json_reads(
+    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]], indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("array") / "data.json"
+    path.write_text(json.dumps(values, indent=indent), encoding="utf-8")
+    assert [row.values for row in read(path)[0]] == values

@@ -1,0 +1,552 @@
+"""The spec is read strictly, explained in the user's words, written back whole, and identified by what is trained."""
+
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from job import spec as spec_module
+from job.errors import SpecInvalid
+from job.spec import (
+    WITHOUT_EFFECT,
+    JobSpec,
+    differences,
+    digest,
+    dump,
+    from_mapping,
+    json_schema,
+    parse,
+    read,
+    reference,
+    resolved,
+    run_id,
+)
+from job.spec_problems import REFUSED, REFUSED_METHODS, RENAMED, section_of
+
+ROOT = Path(__file__).parents[2]
+SMALLEST = "name: a\nmodel: org/m\ndata:\n  train: t.jsonl\n"
+SPARSE = """\
+name: support-ja
+model: s3://models/Llama-3.1-8B-Instruct   # or a hub id
+data:
+  train: s3://corpus/support/train.jsonl
+  eval_split: 0.02
+  format: messages
+method: qlora
+lora: {r: 16, alpha: 32, dropout: 0.1, target_modules: all-linear}
+training:
+  epochs: 3
+  learning_rate: 2e-4
+  batch_size: 64
+  micro_batch_size: 4
+  max_length: 2048
+resources: {gpus: 1, gpu_type: h100}
+"""
+
+
+def refused(text, *overrides):
+    with pytest.raises(SpecInvalid) as caught:
+        parse(text, "run.yaml", overrides)
+    return str(caught.value).splitlines()
+
+
+def with_override(*overrides):
+    return parse(SMALLEST, "run.yaml", overrides)
+
+
+def test_a_sparse_spec_is_read_with_its_defaults():
+    spec = parse(SPARSE, "run.yaml")
+    assert (spec.name, spec.model.source, spec.method) == ("support-ja", "s3://models/Llama-3.1-8B-Instruct", "qlora")
+    assert [(source.source, source.weight) for source in spec.data.train] == [("s3://corpus/support/train.jsonl", 1.0)]
+    assert (spec.training.learning_rate, spec.training.betas, spec.checkpoints.keep) == (2e-4, (0.9, 0.999), 2)
+
+
+SHORT_FORMS = {
+    "one file": "x",
+    "one block": "{from: x}",
+    "a list of files": "[x]",
+    "a list of blocks": "[{from: x, weight: 1}]",
+}
+
+
+@pytest.mark.parametrize("train", SHORT_FORMS.values(), ids=SHORT_FORMS.keys())
+def test_short_and_long_forms_are_the_same_spec(train):
+    long = parse("name: a\nmodel: {from: m}\ndata: {train: [{from: x, weight: 1.0}]}", "run.yaml")
+    assert parse(f"name: a\nmodel: m\ndata: {{train: {train}}}", "run.yaml") == long
+
+
+PROBLEMS = {
+    "typo": ("training:\n  learnig_rate: 1", "6: training.learnig_rate", "unknown key; did you mean learning_rate?"),
+    "wrong place": ("learning_rate: 1", "5: learning_rate", "unknown key; did you mean training.learning_rate?"),
+    "wrong place and typo": ("learnig_rate: 1", "5: learnig_rate", "did you mean training.learning_rate?"),
+    "two other places": ("every_steps: 1", "5: every_steps", "checkpoints.every_steps or evaluation.every_steps?"),
+    "another program's name": ("lr: 1", "5: lr", "unknown key; did you mean training.learning_rate?"),
+    "nothing near": ("output: {zzz: 1}", "5: output.zzz", "unknown key; the keys here are adapter_format"),
+    "Python's name of an aliased key": (
+        "resources: {budget_hours: 1}",
+        "5: resources.budget_hours",
+        "unknown key; did you mean budget?",
+    ),
+    "text for a number": ("training: {epochs: '3'}", "5: training.epochs", 'not "3"; write it without quotes'),
+    "underscores": ("restart: 1_0", "5: restart", 'a whole number of at least 0, not "1_0"; write it without'),
+    "fraction for a whole number": ("restart: 1.0", "5: restart", "expected a whole number of at least 0, not 1.0"),
+    "switch for a number": ("restart: true", "5: restart", "a whole number of at least 0, not true"),
+    "number for a switch": ("lora: {use_rslora: 1}", "5: lora.use_rslora", "expected true or false, not 1"),
+    "old switch": ("lora: {use_rslora: yes}", "5: lora.use_rslora", 'expected true or false, not "yes"'),
+    "number for text": (
+        "scheduling: {queue: 5}",
+        "5: scheduling.queue",
+        "expected text, or null, not 5; put it in quotes",
+    ),
+    "out of range": ("lora: {r: 9999}", "5: lora.r", "expected a whole number from 1 to 1024, not 9999"),
+    "half open range": ("lora: {dropout: 1}", "5: lora.dropout", "a number of at least 0 and below 1, not 1"),
+    "infinite": ("lora: {alpha: .inf}", "5: lora.alpha", "expected a number above 0, not inf"),
+    "beyond floats": (f"lora: {{alpha: 1{'0' * 350}}}", "5: lora.alpha", "expected a number above 0, not 1000"),
+    "choice": (
+        "training: {schedule: cosin}",
+        "5: training.schedule",
+        'expected one of cosine, linear, constant, not "cosin"; did you mean cosine?',
+    ),
+    "union": (
+        "training: {gradient_checkpointing: 1}",
+        "5: training.gradient_checkpointing",
+        "expected auto, or true or false, not 1",
+    ),
+    "union with a list": (
+        "lora: {target_modules: [q, 1]}",
+        "5: lora.target_modules",
+        'all-linear, or a list of text, not ["q", 1]',
+    ),
+    "list item": ("lora: {modules_to_save: [q, 1]}", "5: lora.modules_to_save.1", "expected text, not 1"),
+    "list too short": ("training: {betas: [0.9]}", "5: training.betas", "expected a list of 2 numbers, not [0.9]"),
+    "list too long": (
+        "training: {betas: [0.9, 0.9, 0.9]}",
+        "5: training.betas",
+        "a list of 2 numbers, not [0.9, 0.9, 0.9]",
+    ),
+    "bad item of a pair": ("training: {betas: [0.9, x]}", "5: training.betas.1", 'expected a number, not "x"'),
+    "betas": ("training: {betas: [0.9, 1]}", "5: training.betas", "both numbers lie in [0, 1), not [0.9, 1.0]"),
+    "min_lr": ("training: {min_lr: 0.1}", "5: training.min_lr", "0.1 lies above training.learning_rate (0.0002)"),
+    "keep": ("checkpoints: {keep: 0}", "5: checkpoints.keep", "expected all, or a whole number of at least 1, not 0"),
+    "quantization of plain lora": ("quantization: {}", "5: quantization", "only with method: qlora"),
+    "emptied block": ("training:\n", "5: training", "expected a block of keys, not null; write its keys below it, or"),
+    "list for a block": ("lora: [1]", "5: lora", "expected a block of keys, not [1]"),
+    "newer version": ("version: 2\nfuture: 1", "5: version", "2 is of a newer tunejob, this one reads 1"),
+    "older version": ("version: 0", "5: version", "expected 1, not 0"),
+    "variable": ("scheduling: {queue: 'q-${TEAM}'}", "5: scheduling.queue", "${TEAM} is not expanded"),
+    "Kubernetes variable": ("scheduling: {queue: $(TEAM)}", "5: scheduling.queue", "$(TEAM) is not expanded"),
+    "shell variable": ("scheduling: {queue: $TEAM}", "5: scheduling.queue", "$TEAM is not expanded"),
+}
+
+
+@pytest.mark.parametrize(("addition", "where", "what"), PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_a_problem_is_told_in_the_words_of_the_file(addition, where, what):
+    (line,) = refused(SMALLEST + addition)
+    assert line.startswith(f"run.yaml:{where}: ")
+    assert what in line
+
+
+WHOLE = {
+    "nothing required is there": (
+        "method: lora",
+        [
+            "run.yaml: name: missing; add a line like name: support-ja",
+            "run.yaml: model: missing; add a line like model: s3://models/Llama-3.1-8B-Instruct",
+            "run.yaml: data: missing; add a line like data: {train: data/train.jsonl}",
+        ],
+    ),
+    "paths follow the short form": (
+        "name: A\nmodel:\n  id: x\ndata:\n  train:\n    form: x\n",
+        [
+            "run.yaml:1: name: expected lower-case letters, digits and dashes, a letter first, at most 30 characters, "
+            'not "A"',
+            "run.yaml:2: model.from: missing; add a line like from: s3://models/Llama-3.1-8B-Instruct",
+            "run.yaml:5: data.train.from: missing; add a line like from: data/train.jsonl",
+            "run.yaml:6: data.train.form: unknown key; did you mean from?",
+        ],
+    ),
+    "paths follow the long form": (
+        "name: a\nmodel: ''\ndata:\n  train:\n  - a\n  - 5\n  - {form: x, from: x}\n  eval: x\n  eval_split: 0.1\n",
+        [
+            'run.yaml:2: model: expected text, not empty, not ""',
+            "run.yaml:6: data.train.1: expected a block of keys, not 5",
+            "run.yaml:7: data.train.2.form: unknown key; did you mean from?",
+            "run.yaml:9: data.eval_split: not together with data.eval; name the evaluation data, or set a share aside",
+        ],
+    ),
+    "an empty list": (
+        "name: a\nmodel: m\ndata: {train: []}",
+        ["run.yaml:3: data.train: expected a name, path or URI, or a list of them, not []"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "lines"), WHOLE.values(), ids=WHOLE.keys())
+def test_all_problems_come_at_once_in_the_order_of_the_file(text, lines):
+    assert refused(text) == lines
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_abcdefghijklmnopqrstuvwxyz",
+        "AKIAABCDEFGHIJKLMNOP",
+        "https://user:hunter2@host/x",
+        "s3://b/x?X-Amz-Signature=abc",
+        "ghp_abcdefghijklmnopqrstuvwxyz",
+        "|\n    -----BEGIN RSA PRIVATE KEY-----\n    abc",
+    ],
+)
+@pytest.mark.parametrize("place", ["training:\n  epochs: {}", "scheduling:\n  queue: {}", "model_: {}"])
+def test_a_secret_is_refused_and_not_repeated(place, value):
+    (line,) = refused(SMALLEST + place.format(value))
+    assert "looks like a secret; secrets do not belong in a spec" in line
+    assert value.strip("|\n ") not in line
+
+
+@pytest.mark.parametrize("method", [*REFUSED_METHODS, "DPO"])
+def test_a_method_that_is_not_offered_is_refused_with_the_reason(method):
+    (line,) = refused(f"{SMALLEST}method: {method}")
+    assert line == f"run.yaml:5: method: {method}: {REFUSED_METHODS[method.lower()]}"
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+@pytest.mark.parametrize("place", ["{}: 1", "training: {{{}: 1}}"])
+def test_a_key_that_is_not_offered_is_refused_with_the_reason(pattern, place):
+    key = pattern.replace("*", "x")
+    (line,) = refused(SMALLEST + place.format(key))
+    assert line.endswith(f"{key}: {REFUSED[pattern]}")
+
+
+def keys_below(model, prefix=()):
+    for name, info in model.model_fields.items():
+        path = (*prefix, info.alias or name)
+        yield path
+        below = section_of(info.annotation)
+        if below:
+            yield from keys_below(below, path)
+
+
+def test_no_key_of_ours_is_refused_by_name_and_every_renamed_key_leads_to_one():
+    paths = {".".join(path) for path in keys_below(JobSpec)}
+    last = {path.rpartition(".")[2] for path in paths}
+    assert set(RENAMED.values()) - {"method: qlora"} <= paths
+    assert not last & {key for key in REFUSED if "*" not in key}
+
+
+def test_overrides_are_laid_over_the_file():
+    spec = with_override(
+        "training.learning_rate=1e-4", "data.train.0.weight=2", "model.revision=abc", "lora={r: 8}", "name=b", "name=c"
+    )
+    assert (spec.training.learning_rate, spec.lora.r, spec.name) == (1e-4, 8, "c")
+    assert (spec.model.source, spec.model.revision) == ("org/m", "abc")
+    assert (spec.data.train[0].source, spec.data.train[0].weight) == ("t.jsonl", 2.0)
+
+
+def test_an_override_heals_a_problem_of_the_file():
+    assert parse(f"{SMALLEST}restart: x", "run.yaml", ["restart=1"]).restart == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("trainig.epochs=1", "--set: trainig: unknown key; did you mean training?"),
+        ("training.epoch=1", "--set: training.epoch: unknown key; did you mean epochs?"),
+        ("restart=-1", "--set: restart: expected a whole number of at least 0, not -1"),
+        ("restart", "--set: restart: expected KEY=VALUE, for instance training.learning_rate=1e-4"),
+        ("=1", "--set: =1: expected KEY=VALUE, for instance training.learning_rate=1e-4"),
+        ("a..b=1", "--set: a..b=1: expected KEY=VALUE, for instance training.learning_rate=1e-4"),
+        ("data.train.1.weight=2", "--set: data.train.1.weight: data.train is a list of 1; write its number from 0"),
+        ("data.train.weight=2", "--set: data.train.weight: data.train is a list of 1; write its number from 0"),
+        ("name.x=1", "--set: name.x: name holds a value and no keys; set name itself"),
+        ("training.use_ema=1", f"--set: training.use_ema: {REFUSED['use_ema']}"),
+    ],
+)
+def test_a_bad_override_is_refused_by_its_name(override, line):
+    assert refused(SMALLEST, override) == [line]
+
+
+def test_problems_of_file_and_overrides_come_together():
+    assert [line.split(": ")[0] for line in refused(f"{SMALLEST}foo: 1", "bar=1", "baz", "lora.r=[")] == [
+        "run.yaml:5",
+        "--set",
+        "--set",
+        "--set lora.r:1",
+    ]
+
+
+def test_overrides_leave_the_mapping_they_are_laid_over_alone():
+    value = {"name": "a", "model": "m", "data": {"train": "x"}}
+    from_mapping(value, "flat")
+    assert value == {"name": "a", "model": "m", "data": {"train": "x"}}
+
+
+def test_a_mapping_from_elsewhere_is_checked_the_same_way():
+    with pytest.raises(SpecInvalid) as caught:
+        from_mapping({"name": "a", "model": "m", "data": {"train": "x"}, "foo": 1}, "config.yaml", {("foo",): 7})
+    assert str(caught.value).startswith("config.yaml:7: foo: unknown key")
+
+
+def test_a_file_is_read_with_its_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    assert read(path, ["restart=3"]).restart == 3
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SpecInvalid, match=r"none\.yaml: no such file; .*tunejob init"):
+        read(tmp_path / "none.yaml")
+
+
+def test_a_directory_is_no_spec(tmp_path):
+    with pytest.raises(SpecInvalid, match="a directory; name the spec file inside it"):
+        read(tmp_path)
+
+
+def test_a_path_below_a_file_and_an_impossible_path_are_no_traceback(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "below", Path("a\0b"), tmp_path / ("x" * 5000)):
+        with pytest.raises(SpecInvalid, match="cannot be read"):
+            read(path)
+
+
+def test_an_endless_file_is_refused_at_its_limit():
+    with pytest.raises(SpecInvalid, match="larger than 1 MiB"):
+        read(Path("/dev/zero"))
+
+
+NAMES = st.from_regex(r"[a-zA-Z][\w./-]{0,8}", fullmatch=True) | st.sampled_from(
+    ["on", "1e5", "12:30", "~", "日本 語", "a: b"]
+)
+POSITIVE = st.floats(1e-9, 1.0)
+OPTIONAL_NAME = st.none() | NAMES
+
+
+@st.composite
+def specs(draw):
+    method = draw(st.sampled_from(["lora", "qlora"]))
+    value = {
+        "name": draw(st.from_regex(r"[a-z][a-z0-9-]{0,29}", fullmatch=True)),
+        "model": draw(
+            NAMES | st.fixed_dictionaries({"from": NAMES}, optional={"id": OPTIONAL_NAME, "revision": NAMES})
+        ),
+        "data": {
+            "train": draw(st.lists(st.fixed_dictionaries({"from": NAMES}, optional={"weight": POSITIVE}), min_size=1)),
+            "columns": draw(st.fixed_dictionaries({}, optional={"prompt": NAMES, "text": OPTIONAL_NAME})),
+            "chat_template": draw(OPTIONAL_NAME),
+        },
+        "method": method,
+        "lora": draw(
+            st.fixed_dictionaries({}, optional={"alpha": POSITIVE, "target_modules": st.lists(NAMES, max_size=3)})
+        ),
+        "training": {
+            "learning_rate": draw(POSITIVE),
+            "betas": draw(st.lists(st.floats(0, 0.999), min_size=2, max_size=2)),
+            "gradient_checkpointing": draw(st.booleans() | st.just("auto")),
+        },
+        "checkpoints": {"keep": draw(st.integers(1, 9) | st.just("all")), "every_minutes": draw(st.none() | POSITIVE)},
+        "resources": {"budget": draw(st.none() | POSITIVE), "memory": draw(OPTIONAL_NAME)},
+    }
+    if method == "qlora" and draw(st.booleans()):
+        value["quantization"] = {"type": draw(st.sampled_from(["nf4", "fp4"]))}
+    return from_mapping(value, "made up")
+
+
+@given(specs())
+def test_a_dumped_spec_is_read_back_as_the_resolved_one(spec):
+    text = dump(spec)
+    assert parse(text, "dumped") == resolved(spec)
+    assert from_mapping(yaml.safe_load(text), "by another reader") == resolved(spec)
+    assert dump(parse(text, "dumped")) == text
+
+
+@given(specs())
+def test_a_spec_and_its_resolved_form_are_the_same_run(spec):
+    assert run_id(resolved(spec)) == run_id(spec)
+    assert differences(spec, resolved(spec)) == []
+
+
+def test_a_dump_spells_out_every_key():
+    written = yaml.safe_load(dump(parse(f"{SMALLEST}method: qlora", "run.yaml")))
+
+    def at(path):
+        value = written
+        for key in path:
+            value = value[key]
+        return value
+
+    for path in keys_below(JobSpec):
+        at(path)
+    assert (written["model"]["id"], written["quantization"]["type"]) == ("org/m", "nf4")
+    assert "quantization" not in yaml.safe_load(dump(parse(SMALLEST, "run.yaml")))
+
+
+def test_the_run_id_of_a_spec_never_changes():
+    assert run_id(parse(SPARSE, "run.yaml")) == "support-ja-6dd48b7b"
+    assert digest(parse(SPARSE, "run.yaml")).startswith("6dd48b7b")
+
+
+OF_NO_EFFECT = {
+    "training.micro_batch_size": 1,
+    "training.gradient_checkpointing": "true",
+    "training.kernels": "reference",
+    "training.logging_steps": 1,
+    "training.loader_workers": 2,
+    "checkpoints.every_steps": 7,
+    "checkpoints.every_minutes": 7,
+    "checkpoints.keep": "all",
+    "output.adapter_format": "both",
+    "resources.gpus": 8,
+    "resources.budget": 5,
+    "scheduling.queue": "q",
+    "restart": 1,
+    "model.id": "org/m",
+}
+
+OF_EFFECT = {
+    "model.from": "other",
+    "model.id": "other",
+    "model.revision": "abc",
+    "data.train": "other",
+    "data.train.0.weight": 2,
+    "data.eval": "other",
+    "data.eval_split": 0.1,
+    "data.format": "text",
+    "data.columns.prompt": "q",
+    "data.columns.completion": "q",
+    "data.columns.system": "q",
+    "data.columns.messages": "q",
+    "data.columns.text": "q",
+    "data.chat_template": "none",
+    "data.train_on": "all",
+    "data.max_bad_rows": 1,
+    "data.max_dropped": 0.2,
+    "method": "qlora",
+    "lora.r": 8,
+    "lora.alpha": 8,
+    "lora.dropout": 0,
+    "lora.target_modules": "[q]",
+    "lora.use_rslora": "true",
+    "lora.bias": "all",
+    "lora.modules_to_save": "[q]",
+    "training.epochs": 1,
+    "training.max_steps": 1,
+    "training.batch_size": 8,
+    "training.learning_rate": 0.1,
+    "training.schedule": "linear",
+    "training.warmup_ratio": 0,
+    "training.min_lr": 1e-5,
+    "training.optimizer": "paged_adamw_8bit",
+    "training.weight_decay": 0.1,
+    "training.betas": "[0.9, 0.99]",
+    "training.max_grad_norm": 2,
+    "training.max_length": 8,
+    "training.long_rows": "error",
+    "training.precision": "float32",
+    "training.seed": 1,
+    "evaluation.every_steps": 1,
+    "evaluation.max_rows": 1,
+    "evaluation.generate_rows": 1,
+    "evaluation.max_new_tokens": 1,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), OF_NO_EFFECT.items())
+def test_what_cannot_change_the_result_leaves_the_run_alone(key, value):
+    base, other = with_override(), with_override(f"{key}={value}")
+    assert key == "model.id" or other != base
+    assert run_id(other) == run_id(base)
+    assert differences(other, base) == []
+
+
+@pytest.mark.parametrize(("key", "value"), OF_EFFECT.items())
+def test_what_is_trained_makes_the_run(key, value):
+    base, other = with_override(), with_override(f"{key}={value}")
+    assert run_id(other) != run_id(base)
+    assert differences(other, base)
+
+
+@pytest.mark.parametrize("key", ["type", "double_quant", "compute_dtype"])
+def test_quantization_makes_the_run(key):
+    value = {"type": "fp4", "double_quant": "false", "compute_dtype": "float16"}[key]
+    assert digest(with_override("method=qlora", f"quantization.{key}={value}")) != digest(with_override("method=qlora"))
+
+
+def test_every_key_is_known_to_have_an_effect_or_none():
+    trained = {".".join(path) for path in keys_below(JobSpec) if path[0] in spec_module.IDENTITY and path[1:]}
+    tested = set(OF_EFFECT) | {f"training.{key}" for key in WITHOUT_EFFECT}
+    blocks = {"data.columns", *(f"quantization.{key}" for key in ("type", "double_quant", "compute_dtype"))}
+    assert trained - tested == blocks
+
+
+def test_the_name_begins_the_run_id_and_is_not_in_the_digest():
+    one, other = with_override(), with_override("name=b")
+    assert digest(one) == digest(other)
+    assert (run_id(one), run_id(other)) == (f"a-{digest(one)[:8]}", f"b-{digest(one)[:8]}")
+
+
+def test_differences_name_the_key_and_both_values():
+    here = with_override("data.train=[x, {from: y, weight: 2}]", "method=qlora", "training.learning_rate=2e-4")
+    there = with_override("data.train=x", "training.learning_rate=1e-4", "training.kernels=reference", "name=b")
+    assert differences(here, there) == [
+        'data.train.1.from: "y" here, absent there',
+        "data.train.1.weight: 2.0 here, absent there",
+        'method: "qlora" here, "lora" there',
+        'quantization.type: "nf4" here, absent there',
+        "quantization.double_quant: true here, absent there",
+        'quantization.compute_dtype: "auto" here, absent there',
+        "training.learning_rate: 0.0002 here, 0.0001 there",
+    ]
+
+
+def test_whole_numbers_stand_for_numbers():
+    spec = with_override("training.epochs=3", "lora.alpha=32")
+    assert (type(spec.training.epochs), run_id(spec)) == (float, run_id(with_override()))
+    assert math.isclose(spec.lora.alpha, 32)
+
+
+def test_the_schema_is_closed_explained_and_knows_the_short_forms():
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["required"]) == {"name", "model", "data"}
+    for section in [schema, *schema["$defs"].values()]:
+        assert section["additionalProperties"] is False
+        assert section["description"]
+        # A field that says no more than its block leaves the words to the block.
+        assert all("description" in field or "$ref" in field for field in section["properties"].values())
+    assert {"type": "string"} in schema["properties"]["model"]["anyOf"]
+    assert {"type": "string"} in schema["$defs"]["Data"]["properties"]["train"]["anyOf"]
+
+
+def test_the_schema_accepts_what_is_read_and_refuses_what_is_not():
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
+    for text in (SPARSE, SMALLEST, dump(parse(SPARSE, "run.yaml"))):
+        assert list(validator.iter_errors(yaml.safe_load(text.replace("2e-4", "0.0002")))) == []
+    for addition in ("foo: 1", "restart: -1", "lora: {r: x}", "training: {schedule: cosin}"):
+        assert list(validator.iter_errors(yaml.safe_load(f"{SMALLEST}{addition}")))
+
+
+def test_the_manual_page_is_up_to_date():
+    page = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python -m job.spec > docs/spec.md"
+
+
+def test_the_manual_page_explains_every_key():
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert all(not line.rstrip().endswith("|  |") for line in rows)
+    keys = {line.split("`")[1].replace(".N", "") for line in rows}
+    assert {".".join(path) for path in keys_below(JobSpec)} | {"data.train.from", "data.train.weight"} == keys
+
+
+def test_every_section_is_frozen_and_closed():
+    sections = [
+        kind for _, kind in inspect.getmembers(spec_module, inspect.isclass) if issubclass(kind, spec_module.Section)
+    ]
+    assert len(sections) > 10
+    assert all(kind.model_config["frozen"] and kind.model_config["extra"] == "forbid" for kind in sections)
+    assert all(issubclass(kind, BaseModel) for kind in sections)

@@ -1,0 +1,140 @@
+"""What a run says at its end, and several of them side by side."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import InputMissing, IntegrityFailure, JobError
+from launcher.compare import table
+from launcher.results import Results, load
+from launcher.summary import duration, loading, local_name, summary
+from tests.launcher.finished import record, run_folder
+
+
+def test_the_summary_tells_base_from_tuned() -> None:
+    text = summary(Results("file:./runs/support-1a2b3c4d", record()))
+    assert text.splitlines()[:15] == [
+        "support-1a2b3c4d: finished",
+        "",
+        "                      base      tuned",
+        "loss                3.2500     0.1250",
+        "perplexity          25.790      1.133",
+        "token accuracy       40.0%      97.5%",
+        "exact match           0.0%      93.8%",
+        "",
+        "held out        128 rows, none of them in the training data",
+        "time            1 min 35 s in all: prepare 1.2 s, train 1 min 04 s",
+        "memory          1,500 MiB at most (cpu)",
+        "checked         a fresh process loaded the adapter and got the same logits (largest difference 2.0e-06)",
+        "adapter         runs/support-1a2b3c4d",
+        "",
+        "To load it:",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data__overlap": 3}, "held out        128 rows, 3 of them in the training data"),
+        ({"data": None}, "held out        128 rows"),
+        ({"evaluation": {"skipped": "eval_split is 0"}}, "not evaluated: eval_split is 0"),
+        ({"evaluation": None}, "not evaluated"),
+        ({"evaluation__tuned__exact_match": None}, "exact match           0.0%          -"),
+        ({"performance__phases": None}, "time            1 min 35 s in all"),
+        ({"performance__device": None}, "memory          1,500 MiB at most"),
+        ({"performance__peak_memory_bytes": {"load": 900 << 20}}, "memory          900 MiB at most (cpu)"),
+        ({"run": None}, "support: finished"),
+    ],
+)
+def test_what_a_record_lacks_is_left_out(changes: dict[str, Any], line: str) -> None:
+    assert line in summary(Results("file:///tmp/support", record(**changes))).splitlines()
+
+
+def test_an_empty_record_still_has_a_summary() -> None:
+    assert summary(Results("runs/x", {})).splitlines()[:3] == ["x: finished", "", "not evaluated"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_loading_lines_are_python_and_name_base_and_folder(method: str) -> None:
+    code = loading(Results("file:/data/it's here", record(method=method)))
+    words = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert {"org/base", "/data/it's here"} <= words
+    assert ("quantization_config" in code) is (method == "qlora")
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("file:./runs/a", "runs/a"),
+        ("file:///data/a", "/data/a"),
+        ("file:/data/a/", "/data/a"),
+        ("./runs/a", "runs/a"),
+        ("s3://b/a", "s3://b/a"),
+    ],
+)
+def test_a_folder_is_named_as_the_shell_wants_it(uri: str, name: str) -> None:
+    assert local_name(uri) == name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.97, "1 min 00 s"), (3599.6, "1 h 00 min")]
+)
+def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_runs_are_compared_as_on_the_first_users_page() -> None:
+    four_bit = record(
+        method="qlora",
+        run="big-11112222",
+        performance__tokens_per_second=None,
+        performance__peak_memory_bytes__train=600 << 20,
+        performance__peak_memory_bytes__load=300 << 20,
+        evaluation__tuned__exact_match=None,
+    )
+    runs = [Results("a", record()), Results("b", four_bit)]
+    assert table(runs, "ja").splitlines() == [
+        "| 手法 | メモリ使用量 | 学習速度 | 精度 | 用途 |",
+        "| --- | --- | --- | --- | --- |",
+        "| LoRA (support-1a2b3c4d) | 1,500 MiB | 312 トークン/秒 | 完全一致 93.8%, 損失 0.1250 "
+        "| 一般的なファインチューニング |",
+        "| QLoRA (big-11112222) | 600 MiB | 312 トークン/秒 | トークン正解率 97.5%, 損失 0.1250 "
+        "| 大規模モデル・メモリ制限時 |",
+    ]
+    assert table(runs).splitlines()[0] == "| method | memory | training speed | accuracy | use |"
+
+
+def test_unlike_runs_are_not_passed_off_as_a_comparison_of_methods() -> None:
+    runs = [Results("a", record()), Results("b", record(model="org/other", evaluation__rows=64))]
+    assert table(runs).splitlines()[-1] == (
+        "The runs differ in base model, evaluation rows: the figures do not compare the methods alone."
+    )
+
+
+def test_a_run_without_figures_has_a_row_of_dashes() -> None:
+    assert table([Results("runs/x", {"method": "lora"})]).splitlines()[2] == (
+        "| LoRA (x) | - | - | - | fine-tuning in general |"
+    )
+
+
+def test_results_are_read_from_the_run_s_folder(tmp_path: Path) -> None:
+    results = load(f"file:{run_folder(tmp_path / 'run', record())}")
+    assert results["evaluation.tuned.loss"] == 0.125
+    assert results["evaluation.tuned.nothing.there"] is None
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_one_sentence(tmp_path: Path) -> None:
+    begun = run_folder(tmp_path / "begun", record(), finished=False)
+    broken = run_folder(tmp_path / "broken", record())
+    (broken / "eval_results.json").write_text("{", encoding="utf-8")
+    cases: list[tuple[Path, type[JobError], str]] = [
+        (tmp_path / "absent", InputMissing, "no finished run"),
+        (begun, InputMissing, "not finished"),
+        (broken, IntegrityFailure, "not a JSON object"),
+    ]
+    for folder, kind, words in cases:
+        with pytest.raises(kind, match=words) as refused:
+            load(str(folder))
+        assert "\n" not in str(refused.value)

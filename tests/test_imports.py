@@ -1,0 +1,172 @@
+"""The directions of the architecture, kept by walking the imports: who may know what."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TORCH_SIDE = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy"}
+STORE_SIDE = {"job.store", "job.transfer", "job.own", "job.basemodel", "job.hub", "job.supervisor", "job.announce"}
+
+AGREEMENT = {"job.spec", "job.strict_yaml", "job.exits", "job.layout", "job.status", "job.errors"}
+"""What the launcher shares with the container."""
+READERS = {"launcher.results", "launcher.folders"}
+"""Modules of the launcher that look at what runs left behind, and so may open a store."""
+
+SUPERVISOR = {"job.__main__", "job.run", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
+WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verify", "job.model", "job.loop"}
+
+ONLY = {"boto3": {"job.store"}, "botocore": {"job.store"}, "yaml": {"job.strict_yaml"}, "pytest": set[str]()}
+"""Package -> the only modules of ours that may import it."""
+
+Modules = dict[str, set[str]]
+"""Module of ours -> every module it imports, at the top or inside functions."""
+
+
+def imports(source: str, package: str) -> set[str]:
+    """Modules a text imports, those of ``from x import y`` both as ``x`` and as ``x.y``; not those for types only."""
+    return {name for node in _running(ast.parse(source)) for name in _names(node, package)}
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _running(child)
+
+
+def _names(node: ast.AST, package: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
+        yield base
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def modules() -> Modules:
+    """Every module of the project's packages."""
+    files = [*ROOT.glob("job/**/*.py"), *ROOT.glob("launcher/**/*.py"), ROOT / "tunejob.py", ROOT / "main.py"]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): imports(
+            path.read_text(encoding="utf-8"), path.parent.name
+        )
+        for path in files
+    }
+
+
+def reach(start: str, known: Modules) -> set[str]:
+    """Every module that may be imported once ``start`` runs."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += known.get(name, ())
+    return seen
+
+
+def package(name: str) -> str:
+    """The distribution-level package a module belongs to."""
+    return name.partition(".")[0]
+
+
+def heavy(start: str, known: Modules) -> set[str]:
+    """Packages of the torch side that ``start`` may reach."""
+    return {package(name) for name in reach(start, known)} & TORCH_SIDE
+
+
+def storing(start: str, known: Modules) -> set[str]:
+    """Modules that know stores, and that ``start`` may reach."""
+    return reach(start, known) & (STORE_SIDE | {"boto3"})
+
+
+def beyond_the_agreement(start: str, known: Modules) -> set[str]:
+    """Modules of ``job`` that a launcher's module imports but may not."""
+    allowed = AGREEMENT | ({"job.store"} if start in READERS else set())
+    ours = {name for name in known[start] if name in known and package(name) == "job"}
+    return ours - allowed - {"job"}
+
+
+def present(names: Iterable[str], known: Modules) -> list[str]:
+    return sorted(set(names) & known.keys())
+
+
+def fresh_python(code: str) -> str:
+    """What a new interpreter prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+KNOWN = modules()
+
+
+@pytest.mark.parametrize("name", present(SUPERVISOR | AGREEMENT, KNOWN))
+def test_the_supervisor_and_the_agreement_never_reach_torch(name: str) -> None:
+    assert heavy(name, KNOWN) == set()
+
+
+@pytest.mark.parametrize("name", present(WORKER, KNOWN))
+def test_the_worker_knows_no_store(name: str) -> None:
+    assert storing(name, KNOWN) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(KNOWN) if package(name) in ("launcher", "tunejob", "main")])
+def test_the_launcher_imports_only_the_agreement(name: str) -> None:
+    assert beyond_the_agreement(name, KNOWN) == set()
+    assert heavy(name, KNOWN) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(KNOWN) if package(name) == "job"])
+def test_the_container_never_imports_the_launcher(name: str) -> None:
+    assert not {package(other) for other in KNOWN[name]} & {"launcher", "tunejob", "main"}
+
+
+@pytest.mark.parametrize("name", ONLY)
+def test_each_outside_thing_has_one_door(name: str) -> None:
+    users = {module for module, names in KNOWN.items() if name in {package(other) for other in names}}
+    assert users <= ONLY[name]
+
+
+@pytest.mark.parametrize(
+    ("source", "rule", "caught"),
+    [
+        ("from job import middle", heavy, {"torch"}),
+        ("import job.middle as m", heavy, {"torch"}),
+        ("def f() -> None:\n    from job.middle import x", heavy, {"torch"}),
+        ("if TYPE_CHECKING:\n    import job.middle", heavy, set()),
+        ("from . import store", storing, {"job.store"}),
+        ("from job.middle import y", beyond_the_agreement, {"job.middle"}),
+        ("from job.spec import JobSpec", beyond_the_agreement, set()),
+    ],
+)
+def test_a_wrong_import_would_be_caught(
+    source: str, rule: Callable[[str, Modules], set[str]], caught: set[str]
+) -> None:
+    known = {"job.middle": {"torch", "torch.nn"}, "job.store": set[str](), "job.spec": set[str]()}
+    known["start"] = imports(source, "job")
+    assert rule("start", known) == caught
+
+
+@pytest.mark.parametrize("module", ["tunejob", "launcher.cli"])
+def test_importing_the_doors_brings_nothing_heavy(module: str) -> None:
+    loaded = set(fresh_python(f"import {module}, sys; print(*sys.modules)").split())
+    assert not loaded & (TORCH_SIDE | {"boto3", "kubernetes", "rich", "pydantic", "yaml"})
+
+
+def test_help_comes_without_anything_heavy() -> None:
+    code = (
+        "import sys, launcher.cli\n"
+        "try:\n    launcher.cli.main(['--help'])\n"
+        "except SystemExit:\n    print('LOADED', *sys.modules)"
+    )
+    printed, loaded = fresh_python(code).split("LOADED")
+    assert "train-qlora" in printed
+    assert not set(loaded.split()) & (TORCH_SIDE | {"boto3", "kubernetes", "rich", "pydantic", "yaml"})
