@@ -46,10 +46,10 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
     if not arguments.spec.exists():
         raise SpecNotMounted(f"no spec at {arguments.spec}; mount the ConfigMap there, or name a file with --spec")
     spec = read(arguments.spec)
-    output = arguments.output or os.environ.get(OUTPUT)
-    if arguments.folder is None and output is None:
+    root: str = arguments.output or os.environ.get(OUTPUT, "")
+    if not root and arguments.folder is None:
         raise SpecNotMounted(f"nowhere to put the run: set {OUTPUT}, or give --output URI")
-    uri = arguments.folder or f"{output.rstrip('/')}/{run_id(spec)}"
+    uri = arguments.folder or f"{root.rstrip('/')}/{run_id(spec)}"
     return supervise(spec, uri, arguments.work or _work_folder(uri))
 
 

@@ -46,7 +46,10 @@ def prepare(workdir: WorkDir) -> ExitCode:
     _check_length(spec.training.max_length, config)
     tokenizer = _tokenizer(inputs.model)
     template = chat.choose(spec.data.chat_template, tokenizer)
-    # Whatever else can be refused by looking at the model belongs here, before the data is read.
+    if spec.lora.target_modules != "all-linear" or spec.lora.modules_to_save:
+        from job.model import check_targets  # torch and peft take seconds to import, and most specs name no layer
+
+        check_targets(inputs.model.path, spec)
     with sealing(workdir.prepared) as folder:
         pass_ = Pass(spec, inputs, template, tokenizer, limits, folder)
         pass_.run()

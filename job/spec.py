@@ -17,7 +17,7 @@ from pydantic_core.core_schema import ValidationInfo
 from job import strict_yaml
 from job.errors import SpecInvalid
 from job.spec_draft import Draft
-from job.spec_problems import Problem, explain, shown, text_problems
+from job.spec_problems import explain, shown, text_problems
 from job.spec_reference import markdown
 
 SPEC_VERSION: Final = 1
@@ -476,12 +476,13 @@ def _checked(draft: Draft) -> JobSpec:
     try:
         spec = JobSpec.model_validate(draft.value, by_alias=True, by_name=False)
     except ValidationError as error:
-        found: list[Problem] = explain(error.errors(include_url=False), JobSpec, draft.value)
-        problems = {**dict(found), **problems}
-    else:
-        if not problems and not draft.problems:
-            return spec
-    raise draft.refusal(list(problems.items()))
+        errors = error.errors(include_url=False)
+        told = explain(errors[: strict_yaml.MAX_PROBLEMS], JobSpec, draft.value)
+        problems = {**dict(told), **problems}
+        raise draft.refusal(list(problems.items()), max(0, len(errors) - strict_yaml.MAX_PROBLEMS)) from None
+    if problems or draft.problems:
+        raise draft.refusal(list(problems.items()))
+    return spec
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ class Draft:
             return
         self._put(key.split("."), value, expand)
 
-    def refusal(self, problems: Sequence[Problem]) -> SpecInvalid:
+    def refusal(self, problems: Sequence[Problem], untold: int = 0) -> SpecInvalid:
         """One error for these problems, in the order of the file, and those of the overrides."""
         order = {path: index for index, path in enumerate(self.places)}
         ordered = sorted(problems, key=lambda problem: order[self._known(problem[0])])
         lines = [f"{self.places[self._known(path)]}: {path_text(path)}: {what}" for path, what in ordered]
-        return refusal([*lines, *self.problems])
+        return refusal([*lines, *self.problems], untold)
 
     def _known(self, path: Path) -> Path:
         while path not in self.places:

@@ -52,12 +52,16 @@ class Document:
     """Line (from 1) of every key and every list item."""
 
 
-def refusal(problems: Sequence[str]) -> SpecInvalid:
-    """One error for all problems, a line each; a flood of them is cut."""
+def refusal(problems: Sequence[str], untold: int = 0) -> SpecInvalid:
+    """One error for all problems, a line each; a flood of them is cut.
+
+    Args:
+        problems: as they will stand in the message.
+        untold: further problems that nobody put into words.
+    """
     shown = list(problems[:MAX_PROBLEMS])
-    if len(problems) > MAX_PROBLEMS:
-        shown.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
-    return SpecInvalid("\n".join(shown))
+    more = len(problems) - len(shown) + untold
+    return SpecInvalid("\n".join([*shown, f"and {more} more problems"] if more else shown))
 
 
 def path_text(path: Path) -> str:

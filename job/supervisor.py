@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 CPU_RANKS = "TUNEJOB_CPU_RANKS"
 """Environment variable: ranks on a machine without a GPU, for tests of several processes."""
 
+_WORKER_PHASES = ("worker", "load", "train", "seal", "evaluate")
+"""Phases in which the worker's word counts; `worker` until it has said one."""
+
 _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 5.0
 
@@ -272,25 +275,19 @@ class Attempt:
 
     def _phase_now(self) -> str:
         """The worker's phase by its own word, else the supervisor's."""
-        with suppress(FileNotFoundError):
-            if self._status.phase in ("worker", "load", "train", "seal", "evaluate"):
+        if self._status.phase in _WORKER_PHASES:
+            with suppress(FileNotFoundError):
                 return str(read_json(self.workdir.progress)["phase"])
         return self._status.phase
 
     def _tick(self, store: Store) -> None:
         """A few times a second while a child works."""
-        with suppress(FileNotFoundError):
-            word = read_json(self.workdir.progress)
-            self._announcer.progress(word)
-            self._status = replace(
-                self._status,
-                phase=word["phase"]
-                if self._status.phase in ("worker", "load", "train", "seal")
-                else self._status.phase,
-                step=word.get("step", self._status.step),
-                steps=word.get("steps", self._status.steps),
-                loss=word.get("loss", self._status.loss),
-            )
+        if self._status.phase in _WORKER_PHASES:
+            with suppress(FileNotFoundError):
+                word = read_json(self.workdir.progress)
+                self._announcer.progress(word)
+                known = {key: word[key] for key in ("phase", "step", "steps", "loss") if key in word}
+                self._status = replace(self._status, **known)
         self._commit_sealed(store)
         if time.monotonic() - self._status_at > _STATUS_SECONDS:
             self._tell_status(store)
@@ -308,7 +305,7 @@ class Attempt:
             extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
             transfer.push_checkpoint(store, folder, state["step"], self._ownership.generation, extra)
             self._pushed.add(folder.name)
-            self._status = replace(self._status, committed=state["step"])
+            self._status = replace(self._status, committed=state["step"], step=state["step"])
             self._push_metrics(store)
             log.info("committed the checkpoint of step %d", state["step"])
             transfer.prune(store, self.spec.checkpoints.keep, _best(store))

@@ -73,7 +73,7 @@ def figures(results: Results) -> list[str]:
 
 def held_out(results: Results) -> str:
     """How many rows the figures stand on, and whether any of them was trained on."""
-    rows, overlap = results.figure("evaluation.rows"), results.figure("data.overlap")
+    rows, overlap = results.figure("evaluation.rows"), results.figure("data.eval.also_in_train")
     if rows is None:
         return ""
     if overlap is None:

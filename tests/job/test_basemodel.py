@@ -241,6 +241,7 @@ class Hostile:
         return os.system, ("touch /nowhere/canary",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_that_names_code_is_refused_as_torch_refuses_it(legacy: bool, protocol: int, model: Path) -> None:

@@ -27,6 +27,7 @@ from job.spec import (
     run_id,
 )
 from job.spec_problems import REFUSED, REFUSED_METHODS, RENAMED, section_of
+from job.strict_yaml import MAX_PROBLEMS
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = "name: a\nmodel: org/m\ndata:\n  train: t.jsonl\n"
@@ -237,6 +238,12 @@ def test_no_key_of_ours_is_refused_by_name_and_every_renamed_key_leads_to_one():
     last = {path.rpartition(".")[2] for path in paths}
     assert set(RENAMED.values()) - {"method: qlora"} <= paths
     assert not last & {key for key in REFUSED if "*" not in key}
+
+
+def test_a_flood_of_unknown_keys_is_cut_before_each_is_explained():
+    lines = refused(SMALLEST + "\n".join(f"key{index}: 1" for index in range(20_000)))
+    assert len(lines) == MAX_PROBLEMS + 1
+    assert lines[-1] == f"and {20_000 - MAX_PROBLEMS} more problems"
 
 
 def test_overrides_are_laid_over_the_file():

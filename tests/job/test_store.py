@@ -190,6 +190,39 @@ def test_every_write_has_an_etag_of_its_own(store: DirectoryStore) -> None:
     assert len(set(etags)) == 200
 
 
+def test_a_write_is_newer_than_what_it_replaces_whatever_the_clock_says(store: DirectoryStore) -> None:
+    store.write("a", b"one")
+    ahead = (store.root / "a").stat().st_mtime_ns + 10**15
+    os.utime(store.root / "a", ns=(ahead, ahead))
+    store.write("a", b"two")
+    assert (store.root / "a").stat().st_mtime_ns > ahead
+
+
+ALTERNATE = """
+import sys
+from pathlib import Path
+from job.store import DirectoryStore
+store = DirectoryStore(Path(sys.argv[1]))
+for turn in range(60):
+    store.put(Path(sys.argv[2 + turn % 2]), "a")
+"""
+
+
+def test_a_reader_sees_the_old_object_or_the_new_one_and_never_half(store: DirectoryStore, tmp_path: Path) -> None:
+    both = [b"1" * 3_000_000, b"2" * 2_000_000]
+    paths = [file_with(tmp_path / str(number), data) for number, data in enumerate(both)]
+    store.put(paths[0], "a")
+    command = [sys.executable, "-c", ALTERNATE, str(store.root), *map(str, paths)]
+    seen = set()
+    with subprocess.Popen(command, cwd=REPOSITORY) as writer:
+        while writer.poll() is None:
+            found = store.read("a")
+            assert found is not None
+            seen.add(found[0])
+    assert writer.returncode == 0
+    assert seen <= set(both)
+
+
 RACE = """
 import sys
 from pathlib import Path

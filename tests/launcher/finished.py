@@ -17,7 +17,7 @@ RECORD: dict[str, Any] = {
         "base": {"loss": 3.25, "perplexity": 25.79, "token_accuracy": 0.4, "exact_match": 0.0},
         "tuned": {"loss": 0.125, "perplexity": 1.133, "token_accuracy": 0.975, "exact_match": 0.9375},
     },
-    "data": {"overlap": 0},
+    "data": {"eval": {"kept": 128, "also_in_train": 0}},
     "verification": {"level": "logits", "max_abs_difference": 2e-6, "mean_kl": 0.0},
     "performance": {
         "phases": {"prepare": 1.25, "train": 64.0},

@@ -37,7 +37,7 @@ def test_the_summary_tells_base_from_tuned() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"data__overlap": 3}, "held out        128 rows, 3 of them in the training data"),
+        ({"data__eval__also_in_train": 3}, "held out        128 rows, 3 of them in the training data"),
         ({"data": None}, "held out        128 rows"),
         ({"evaluation": {"skipped": "eval_split is 0"}}, "not evaluated: eval_split is 0"),
         ({"evaluation": None}, "not evaluated"),

@@ -1,0 +1,297 @@
+"""Whole runs: from a spec to a published adapter, and what happens when they are cut off."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.files import read_json, sha256_of
+from tests.job import tiny
+from tests.job.running import Run, ended, kill, make_run, processes_below, wait_for
+
+# Long enough that there is time to interrupt it between two checkpoints, and no longer.
+LONG = {"max_steps": 60, "batch_size": 4, "max_length": 64, "logging_steps": 1, "learning_rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing disturbs; those that are cut off must end like it."""
+    run = make_run(tmp_path_factory.mktemp("straight"), tiny_llama, training=LONG, checkpoints={"every_steps": 10})
+    code, said = run.attempt()
+    assert code == 0, said
+    return run
+
+
+def same_but_elsewhere(run: Run, folder: Path) -> Run:
+    """The same spec and data, to another folder."""
+    return Run(run.spec, folder / "out", folder / "scratch", {})
+
+
+def test_the_manifest_lists_every_published_file_with_its_hash(straight: Run) -> None:
+    manifest = read_json(straight.folder / "run" / "manifest.json")
+    names = {entry["name"] for entry in manifest["files"]}
+    expected = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "training_config.yaml",
+        "training_log.txt",
+        "metrics.jsonl",
+        "eval_results.json",
+    }
+    assert expected <= names
+    for entry in manifest["files"]:
+        path = straight.folder / entry["name"]
+        assert (path.stat().st_size, sha256_of(path)) == (entry["size"], entry["sha256"]), entry["name"]
+
+
+def test_the_result_compares_base_and_tuned_and_was_verified(straight: Run) -> None:
+    result = straight.result()
+    evaluation = result["evaluation"]
+    assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"]
+    assert evaluation["tuned"]["perplexity"] == pytest.approx(2.718281828459045 ** evaluation["tuned"]["loss"])
+    assert result["verification"]["level"] == "logits"
+    assert result["verification"]["max_abs_difference"] <= 1e-4
+    phases = set(result["performance"]["phases"])
+    assert {"pull", "prepare", "load", "train", "seal", "evaluate", "verify"} <= phases
+    assert result["data"]["eval"]["also_in_train"] == 0
+
+
+def test_only_the_newest_checkpoints_are_kept_and_each_loads_in_peft(straight: Run, tiny_llama: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    names = sorted(path.name for path in (straight.folder / "checkpoints").iterdir())
+    assert names == ["checkpoint-50", "checkpoint-60"]
+    for name in names:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        PeftModel.from_pretrained(base, straight.folder / "checkpoints" / name)
+
+
+def test_nothing_published_is_a_pickle_unless_asked_for(straight: Run) -> None:
+    for path in straight.folder.rglob("*"):
+        if path.is_file():
+            head = path.read_bytes()[:4]
+            assert not head.startswith((b"\x80", b"PK")), path
+
+
+def test_a_finished_run_is_a_no_op_and_changed_data_is_not(straight: Run, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.folder.rglob("*") if path.is_file()}
+    code, said = straight.attempt()
+    assert code == 0
+    assert "already complete" in said
+    assert before == {path: path.stat().st_mtime_ns for path in straight.folder.rglob("*") if path.is_file()}
+
+    changed = Run(straight.spec, tmp_path / "out", tmp_path / "scratch", {})
+    shutil.copytree(straight.folder, changed.folder)
+    data = straight.spec.parent / "train.jsonl"
+    original = data.read_bytes()
+    try:
+        tiny.write_rows(data, tiny.numbered_rows(61))
+        code, said = changed.attempt()
+    finally:
+        data.write_bytes(original)
+    assert code == 73
+    assert "the inputs changed" in said
+    assert str(data) in said
+
+
+def test_a_folder_that_belongs_to_another_spec_is_refused_with_the_difference(straight: Run, tmp_path: Path) -> None:
+    spec = tmp_path / "other.yaml"
+    spec.write_text(straight.spec.read_text().replace("learning_rate: 0.005", "learning_rate: 0.004"))
+    code, said = Run(spec, straight.folder, tmp_path / "scratch", {}).attempt()
+    assert code == 73
+    assert "training.learning_rate: 0.004 here, 0.005 there" in said
+    assert "Traceback" not in said
+
+
+def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    process = run.start()
+    wait_for((run.folder / "checkpoints/checkpoint-20/COMMIT.json").exists, process, "checkpoint of step 20")
+    kill(process)
+    deadline = time.monotonic() + 30
+    while processes_below(run.scratch):
+        assert time.monotonic() < deadline, processes_below(run.scratch)
+        time.sleep(0.1)
+    assert not (run.folder / "run/manifest.json").exists()
+
+    code, said = run.attempt()
+    assert code == 0, said
+    assert "attempt 2" not in said.split("going on")[0] or "going on from the checkpoint of step" in said
+    assert "going on from the checkpoint of step" in said
+    assert run.adapter() == straight.adapter()
+    assert run.losses() == straight.losses()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(
+    straight: Run, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    process = run.start()
+    progress = run.scratch / "progress.json"
+    wait_for(lambda: progress.exists() and read_json(progress).get("step", 0) >= 3, process, "step 3")
+    process.send_signal(number)
+    code, said = ended(process)
+    assert code == 143, said
+    assert not processes_below(run.scratch)
+    step = read_json(run.folder / "run/status.json")["committed"]
+    assert step >= 3
+    assert f"checkpoint is of step {step}" in said
+    assert read_json(run.folder / "run/attempts/000001.json")["exit_code"] == 143
+    assert not (run.folder / "run/manifest.json").exists()
+
+    code, said = run.attempt()
+    assert code == 0, said
+    assert f"going on from the checkpoint of step {step}" in said
+    assert run.adapter() == straight.adapter()
+
+
+@pytest.mark.parametrize("phase", ["prepare", "load", "evaluate", "verify"])
+def test_asked_to_leave_in_any_other_phase_it_leaves_at_once(straight: Run, tmp_path: Path, phase: str) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    if phase in ("evaluate", "verify"):  # no need to train again
+        shutil.copytree(straight.folder, run.folder)
+        (run.folder / "run/manifest.json").unlink()
+    process = run.start()
+
+    def reached() -> bool:
+        if phase in ("prepare", "verify"):
+            status = run.folder / "run/status.json"
+            return status.exists() and read_json(status)["phase"] == phase
+        progress = run.scratch / "progress.json"
+        return progress.exists() and read_json(progress).get("phase") == phase
+
+    wait_for(reached, process, phase)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    code, said = ended(process)
+    assert code == 143, said
+    assert not processes_below(run.scratch)
+    if phase == "verify":
+        code, said = run.attempt()
+        assert code == 0, said
+        assert run.adapter() == straight.adapter()
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    shutil.copytree(straight.folder, run.folder)
+    (run.folder / "run/manifest.json").unlink()
+    damaged = run.folder / "checkpoints/checkpoint-60/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    code, said = run.attempt()
+    assert code == 0, said
+    assert "going on from the checkpoint of step 50" in said
+    assert run.adapter() == straight.adapter()
+
+    for name in ("checkpoint-50", "checkpoint-60"):
+        for path in (run.folder / "checkpoints").glob(f"{name}*/optimizer.safetensors"):
+            path.write_bytes(b"?")
+    (run.folder / "run/manifest.json").unlink()
+    code, said = run.attempt()
+    assert code == 76
+    assert "none of the" in said
+
+
+def test_an_output_in_use_is_refused(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    process = run.start()
+    wait_for((run.folder / "run/owner.json").exists, process, "owner")
+    code, said = Run(run.spec, run.folder, tmp_path / "other", {}).attempt()
+    assert code == 80
+    assert "output in use by" in said
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+
+
+def test_a_worker_killed_from_outside_is_a_lost_rank_and_never_an_interruption(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    run.environment["TUNEJOB_CPU_RANKS"] = "2"
+    process = run.start()
+    wait_for((run.folder / "checkpoints/checkpoint-10/COMMIT.json").exists, process, "checkpoint of step 10")
+    assert _kill_rank(run.scratch, 1)
+    code, said = ended(process)
+    assert code == 75, said
+    assert "vanished without a word" in said
+    assert not processes_below(run.scratch)
+
+
+def _kill_rank(scratch: Path, rank: int) -> bool:
+    import os
+
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes()
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(scratch).encode() in line and f"RANK={rank}".encode() in environment:
+            os.kill(int(path.name), signal.SIGKILL)
+            return True
+    return False
+
+
+def test_two_ranks_train_what_one_trains(straight: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load
+
+    results = []
+    for ranks in ("1", "2"):
+        folder = tmp_path / ranks
+        run = make_run(folder, tiny_llama, environment={"TUNEJOB_CPU_RANKS": ranks}, lora={"dropout": 0.0})
+        code, said = run.attempt()
+        assert code == 0, said
+        results.append((load(run.adapter()), run.result()))
+    (one, first), (two, second) = results
+    assert second["performance"]["ranks"] == 2
+    assert second["evaluation"]["tuned"]["loss"] == pytest.approx(first["evaluation"]["tuned"]["loss"], abs=1e-5)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_qwen"])
+def test_qlora_trains_on_the_cpu_evaluates_and_goes_on(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """T37: an evaluation between two steps must not leave a base that passes no gradient on."""
+    training = {"max_steps": 20, "logging_steps": 1, "learning_rate": 5e-3, "max_length": 64, "batch_size": 8}
+    run = make_run(
+        tmp_path,
+        request.getfixturevalue(kind),
+        method="qlora",
+        lora={"dropout": 0.0},
+        training=training,
+        evaluation={"every_steps": 5},
+        checkpoints={"every_steps": 100},
+    )
+    code, said = run.attempt()
+    assert code == 0, said
+    evaluation = run.result()["evaluation"]
+    assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"] - 0.1
+    assert run.result()["verification"]["level"] == "logits"
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    on_the_way = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(on_the_way) == 3
+    assert on_the_way == sorted(on_the_way, reverse=True)
+
+
+def test_bias_and_modules_to_save_are_trained_and_the_base_figures_stay_the_base(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    plain = make_run(tmp_path / "plain", tiny_gpt2)
+    more = make_run(tmp_path / "more", tiny_gpt2, lora={"bias": "all", "modules_to_save": ["ln_f"]})
+    results: list[dict[str, Any]] = []
+    for run in (plain, more):
+        code, said = run.attempt()
+        assert code == 0, said
+        results.append(run.result())
+    assert results[1]["evaluation"]["base"] == results[0]["evaluation"]["base"]
+    assert results[1]["performance"]["trained_parameters"] > results[0]["performance"]["trained_parameters"]
