@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 # The machine's cores are shared by the test processes; each has one thread.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help set-up run test test-slow test-others check format docs clean
+.PHONY: help set-up run test test-slow check format docs clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -30,13 +30,10 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 -m 'not slow and not others'
+	$(TEST) -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(READY) models/SmolLM2-135M-Instruct  ## the tests that train the small model for minutes
 	$(TEST) -m slow
-
-test-others: $(READY)  ## the tests beside other trainers
-	$(TEST) -m others
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 import torch
 
-from job.errors import DeviceFailure, DeviceOutOfMemory, JobError
+from job.errors import DeviceFailure, DeviceOutOfMemory, JobError, TemporaryFailure
 
 _LOST = {46: "busy", 100: "not there", 214: "an ECC error", 719: "a launch failure", 999: "an unknown error"}
 """cudaError codes after which the device is gone for this process; others are bugs."""
@@ -11,9 +11,11 @@ _OUT_OF_MEMORY = 2
 
 _OOM_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory", "out of memory")
 
+_LOST_PEER_TEXTS = ("Connection reset by peer", "Connection closed by peer", "ncclRemoteError", "Broken pipe")
 
-def as_device_failure(error: BaseException) -> JobError | None:
-    """Device memory or a lost device; None for anything else."""
+
+def as_torch_failure(error: BaseException) -> JobError | None:
+    """Device memory, a lost device or a lost peer; None for anything else."""
     code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
     if isinstance(error, torch.OutOfMemoryError) or code == _OUT_OF_MEMORY or _says_out_of_memory(error):
         return DeviceOutOfMemory(
@@ -22,6 +24,8 @@ def as_device_failure(error: BaseException) -> JobError | None:
         )
     if code in _LOST:
         return DeviceFailure(f"the GPU reports {_LOST[code]} (CUDA error {code}); try again on another one")
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER_TEXTS):
+        return TemporaryFailure(f"a rank lost its peers: {str(error).splitlines()[0]}")
     return None
 
 

@@ -37,6 +37,12 @@ _QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 
+_UNLESS_SET = {
+    # Threads that spin while they wait cost twentyfold where cores are shared, as in a pod with a CPU limit.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+
 _NOISE = ("Failed to load CPU gemm_4bit_forward from kernels-community",)
 """Beginnings of lines that libraries write when they are imported, before anyone could ask them not to."""
 
@@ -112,7 +118,7 @@ def _environment(workdir: Path, **extra: str) -> dict[str, str]:
         # A checkout that is not installed; the children do not look into the working directory.
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     # Not -P: accelerate drops it when it starts the ranks. A file torch.py in the working directory must not win.
-    return kept | _QUIET | {"PYTHONSAFEPATH": "1", SUPERVISOR: str(os.getpid())} | extra
+    return _UNLESS_SET | kept | _QUIET | {"PYTHONSAFEPATH": "1", SUPERVISOR: str(os.getpid())} | extra
 
 
 def python_child(module: str, workdir: Path, on_line: Callable[[str], None]) -> Child:
@@ -125,17 +131,8 @@ def ranks_child(workdir: Path, ranks: int, gpus: bool, grace_seconds: int, on_li
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if not threads.isdigit() or threads == "0":
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--num_processes",
-        str(ranks),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    flags = f"--quiet --num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split()]
     command += ["--num_cpu_threads_per_process", threads]
     extra = {"TUNEJOB_RANKS": str(ranks), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(5, grace_seconds - 10))}
     if ranks > 1:

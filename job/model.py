@@ -123,15 +123,23 @@ def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement) -> PeftMod
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if _recomputes(spec, placement):
-        # Not prepare_model_for_kbit_training: it would make embeddings and head float32, gigabytes on a large model.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _recompute(model.get_base_model(), spec.training.gradient_checkpointing, placement)
     return model
 
 
-def _recomputes(spec: JobSpec, placement: Placement) -> bool:
-    wanted = spec.training.gradient_checkpointing
-    return placement.device.type == "cuda" if wanted == "auto" else wanted
+def _recompute(core: Any, wanted: bool | str, placement: Placement) -> None:
+    """Switches recomputation on where the spec, or on a GPU nothing in it, asks for it.
+
+    Not by prepare_model_for_kbit_training: that would make embeddings and head float32, gigabytes on a large model.
+    """
+    if wanted is False or (wanted == "auto" and placement.device.type != "cuda"):
+        return
+    if core.supports_gradient_checkpointing:
+        core.activation_checkpointing_enable({"use_reentrant": False})
+    elif wanted == "auto":
+        log.info("this model cannot recompute its activations; going on without")
+    else:
+        raise SpecInvalid("training.gradient_checkpointing: this model cannot recompute its activations; leave it out")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

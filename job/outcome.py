@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from job.errors import DiskFailure, JobError, error_for
@@ -45,16 +45,18 @@ def record(path: Path, body: Callable[[], ExitCode], classify: Callable[[BaseExc
     return int(code)
 
 
-def raise_recorded(path: Path) -> ExitCode | None:
-    """Raises what a child wrote down as a failure.
-
-    Returns:
-        The code it ended well with (0, or 143 if it left on request); None if it wrote nothing.
-    """
+def recorded(path: Path) -> ExitCode | JobError | None:
+    """What a child wrote down: the code it ended well with (0, or 143 on request), the failure, or nothing."""
     try:
         outcome = read_json(path)
     except FileNotFoundError:
         return None
     if outcome["exit_code"] in (ExitCode.OK, ExitCode.INTERRUPTED):
         return ExitCode(outcome["exit_code"])
-    raise error_for(outcome["exit_code"], outcome["message"])
+    return error_for(outcome["exit_code"], outcome["message"])
+
+
+def cause(outcomes: Iterable[ExitCode | JobError | None]) -> JobError | None:
+    """The failure that explains those of a group: a real cause before a rank that only lost its peers."""
+    failures = [outcome for outcome in outcomes if isinstance(outcome, JobError)]
+    return min(failures, key=lambda failure: failure.exit_code == ExitCode.TEMPFAIL, default=None)

@@ -24,7 +24,7 @@ from job.errors import Conflict, InternalError, Interrupted, JobError, SpecInval
 from job.exits import ExitCode
 from job.files import read_json, write_json
 from job.inputs import Inputs
-from job.outcome import as_foreseen, raise_recorded
+from job.outcome import as_foreseen, cause, recorded
 from job.own import Ownership, attempts, claim, record_attempt
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
@@ -109,7 +109,10 @@ class Attempt:
         with self._phase("preflight"):
             _refuse_unoffered(self.spec)
             store = self._store = open_store(self.uri)
-            probe(store)
+            if not probe(store):
+                log.warning(
+                    "%s: keeps no conditions on writes; see to it that only one attempt runs at a time", store.uri
+                )
         with self._phase("own"):
             self._refuse_other_spec(store)
             if self._already_published(store):
@@ -187,6 +190,7 @@ class Attempt:
 
     def _own(self, store: Store) -> None:
         self._ownership = claim(store, digest(self.spec))
+        store.sweep("")
         number = len(attempts(store)) + 1
         self._status = replace(self._status, attempt=number)
         shutil.rmtree(self.workdir.root, ignore_errors=True)
@@ -250,26 +254,34 @@ class Attempt:
         finally:
             child.end(3.0)
         self._tick(store)
-        if self.stop.is_set():
-            raise_unless_fine = [raise_recorded(self.workdir.outcome(process)) for process in processes]
-            log.debug("outcomes: %s", raise_unless_fine)
-            self._commit_sealed(store)
-            raise Interrupted(f"asked to leave; the newest committed checkpoint is of step {self._status.committed}")
-        self._settle(processes, code)
+        self._settle(processes, code, store)
 
     def _ask_to_leave(self) -> None:
         log.warning("asked to leave; %s", "sealing a checkpoint" if self._phase_now() == "train" else "leaving")
         if self._phase_now() == "train":
             self.workdir.stop.touch()
 
-    def _settle(self, processes: list[str], code: int | None) -> None:
-        """Raises the outcome of a group of processes: a real cause first, then a vanished one."""
-        silent = [process for process in processes if raise_recorded(self.workdir.outcome(process)) is None]
+    def _settle(self, processes: list[str], code: int | None, store: Store) -> None:
+        """Raises how a group of processes ended: a real cause, then a request to leave, then a vanished one.
+
+        A rank that lost its peers, or was ended with them, is none of the first: torchrun ends the healthy ranks when
+        one dies.
+        """
+        outcomes = {process: recorded(self.workdir.outcome(process)) for process in processes}
+        failure = cause(outcomes.values())
+        if failure is not None and not isinstance(failure, TemporaryFailure):
+            raise failure
+        if self.stop.is_set():
+            self._commit_sealed(store)
+            raise Interrupted(f"asked to leave; the newest committed checkpoint is of step {self._status.committed}")
+        silent = [process for process, outcome in outcomes.items() if outcome is None]
         if silent:
             raise TemporaryFailure(
                 f"{', '.join(silent)} vanished without a word (exit {code}): killed from outside, or for memory; "
                 "see the lines above"
             )
+        if failure is not None:
+            raise failure
         if code != 0:
             raise InternalError(f"{', '.join(processes)} ended well but the launcher exited with {code}")
 

@@ -28,7 +28,7 @@ from job.child import setup_child
 from job.device import Placement, place
 from job.errors import InternalError
 from job.exits import ExitCode
-from job.failures import as_device_failure
+from job.failures import as_torch_failure
 from job.files import sealing, write_json
 from job.inputs import read_inputs
 from job.loop import Loop, Progress, make_optimizer
@@ -380,7 +380,7 @@ def main() -> int:
             PartialState(timeout=timedelta(minutes=30))
         return run(workdir)
 
-    code = record(workdir.outcome(f"rank-{os.environ.get('RANK', '0')}"), body, as_device_failure)
+    code = record(workdir.outcome(f"rank-{os.environ.get('RANK', '0')}"), body, as_torch_failure)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -20,7 +20,7 @@ from job.child import setup_child
 from job.device import Placement, place
 from job.errors import IntegrityFailure
 from job.exits import ExitCode
-from job.failures import as_device_failure
+from job.failures import as_torch_failure
 from job.files import read_json, write_json
 from job.inputs import read_inputs
 from job.layout import ADAPTER_BIN, ADAPTER_CONFIG, ADAPTER_SAFETENSORS
@@ -143,7 +143,7 @@ def main() -> int:
     """As the supervisor starts it."""
     workdir = WorkDir(Path(sys.argv[1]))
     setup_child()
-    return record(workdir.outcome("verify"), lambda: run(workdir), as_device_failure)
+    return record(workdir.outcome("verify"), lambda: run(workdir), as_torch_failure)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The text that closes a run: base against tuned, what it cost, and how to load the adapter. Pure."""
 
+import textwrap
 from collections.abc import Callable, Iterable
 
 from launcher.results import Results
@@ -41,7 +42,6 @@ def summary(results: Results) -> str:
         "time": spent(results),
         "memory": memory(results),
         "checked": verified(results),
-        "adapter": local_name(results.uri),
     }
     return "\n".join(
         [
@@ -49,12 +49,26 @@ def summary(results: Results) -> str:
             "",
             *figures(results),
             "",
-            *(f"{title:<15} {text}" for title, text in facts.items() if text),
+            *(line for title, text in facts.items() if text for line in wrapped(title, text)),
+            f"{'adapter':<15} {local_name(results.uri)}",
             "",
             "To load it:",
             "",
-            *(f"    {line}" for line in loading(results).splitlines()),
+            textwrap.indent(loading(results), "    "),
         ]
+    )
+
+
+def wrapped(title: str, text: str) -> list[str]:
+    """A fact under its title, in lines of at most 100 characters."""
+    indent = " " * 16
+    return textwrap.wrap(
+        text,
+        100,
+        initial_indent=f"{title:<16}",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -105,10 +119,10 @@ def verified(results: Results) -> str:
     match results["verification.level"]:
         case "logits":
             difference = results.figure("verification.max_abs_difference")
-            extent = "" if difference is None else f" (largest difference {difference:.1e})"
-            return f"a fresh process loaded the adapter and got the same logits{extent}"
+            extent = "" if difference is None else f" (largest difference {difference:.1g})"
+            return f"loaded by a fresh process: the same logits{extent}"
         case "structural":
-            return "a fresh process found every key, shape and hash right; logits were not compared"
+            return "loaded by a fresh process: keys, shapes and hashes are right; logits were not compared"
     return ""
 
 

@@ -24,18 +24,22 @@ def made_rows(lengths: Sequence[int], vocabulary: int, seed: int = 0, prompt: in
     return rows_of(tokens, [[position >= min(prompt, len(row) - 1) for position in range(len(row))] for row in tokens])
 
 
-def rows_of(tokens: Sequence[Sequence[int]], trained: Sequence[Sequence[bool]]) -> Rows:
-    """Rows of given tokens and masks (the first token of a row is never trained)."""
+def rows_of(
+    tokens: Sequence[Any],
+    trained: Sequence[Sequence[bool]],
+    prompts: Sequence[Sequence[int]] | None = None,
+    answers: Sequence[str] | None = None,
+) -> Rows:
+    """Rows of given tokens and masks (the first token of a row is never trained; longer masks are cut)."""
     count = len(tokens)
-    masks = [[False, *map(bool, mask[1:])] for mask in trained]
+    masks = [[False, *map(bool, mask[1 : len(row)])] for row, mask in zip(tokens, trained, strict=True)]
+    prompts = prompts or [[int(row[0])] for row in tokens]
     table = pa.table(
         {
             "tokens": pa.array([list(map(int, row)) for row in tokens], pa.list_(pa.int32())),
-            "trained": pa.array(
-                [[int(bit) for bit in mask] for mask in masks], pa.list_(pa.int8())
-            ),
-            "prompt": pa.array([[int(row[0])] for row in tokens], pa.list_(pa.int32())),
-            "answer": pa.array([""] * count, pa.string()),
+            "trained": pa.array([[int(bit) for bit in mask] for mask in masks], pa.list_(pa.int8())),
+            "prompt": pa.array([list(prompt) for prompt in prompts], pa.list_(pa.int32())),
+            "answer": pa.array(answers or [""] * count, pa.string()),
             "length": pa.array([len(row) for row in tokens], pa.int32()),
             "supervised": pa.array([sum(mask) for mask in masks], pa.int32()),
             "source": pa.array([0] * count, pa.int16()),
@@ -52,7 +56,8 @@ def made_spec(**sections: Any) -> JobSpec:
         "training", {}
     )
     return JobSpec.model_validate(
-        {"name": "made", "model": "tiny", "data": {"train": "made.jsonl"}, "lora": lora, "training": training} | sections
+        {"name": "made", "model": "tiny", "data": {"train": "made.jsonl"}, "lora": lora, "training": training}
+        | sections
     )
 
 

@@ -84,9 +84,7 @@ def test_a_kernel_that_leaks_between_rows_falls_back_to_the_reference(tiny_llama
 
     core = made_model(tiny_llama, made_spec()).get_base_model()
     rows = made_rows(LENGTHS, 300)
-    choice = kernels.choose(
-        core, rows, [2, 1, 3], (Leaking(), Reference(0, DEVICE)), nullcontext, torch.float32
-    )
+    choice = kernels.choose(core, rows, [2, 1, 3], (Leaking(), Reference(0, DEVICE)), nullcontext, torch.float32)
     assert choice.kernel.name == "reference"
     assert "differ from the reference" in choice.reason
 

@@ -96,7 +96,9 @@ def test_t1_the_mean_of_micro_batch_means_is_another_loss(tiny_llama: Path) -> N
 
 def test_t1_twenty_steps_follow_one_course_for_any_micro_batch(tiny_llama: Path) -> None:
     courses = [
-        losses_of(loop_of(tiny_llama, made_spec(training={"batch_size": 4, "micro_batch_size": micro, "max_steps": 20})))
+        losses_of(
+            loop_of(tiny_llama, made_spec(training={"batch_size": 4, "micro_batch_size": micro, "max_steps": 20}))
+        )
         for micro in (4, 1)
     ]
     assert max(abs(a - b) for a, b in zip(*courses, strict=True)) < 1e-5
@@ -151,7 +153,9 @@ def test_t19_a_fresh_adapter_changes_nothing_and_switched_off_it_leaves_the_base
     ],
     ids=["accumulation", "loader workers", "8-bit states", "schedule, mid-epoch"],
 )
-def test_t22_a_resumed_training_is_the_same_training(tiny_llama: Path, tmp_path: Path, training: dict[str, Any]) -> None:
+def test_t22_a_resumed_training_is_the_same_training(
+    tiny_llama: Path, tmp_path: Path, training: dict[str, Any]
+) -> None:
     spec = made_spec(lora={"dropout": 0.2, "r": 64}, training={"max_steps": 6} | training)
     straight = loop_of(tiny_llama, spec)
     expected = losses_of(straight)

@@ -27,7 +27,7 @@ def test_the_summary_tells_base_from_tuned() -> None:
         "held out        128 rows, none of them in the training data",
         "time            1 min 35 s in all: prepare 1.2 s, train 1 min 04 s",
         "memory          1,500 MiB at most (cpu)",
-        "checked         a fresh process loaded the adapter and got the same logits (largest difference 2.0e-06)",
+        "checked         loaded by a fresh process: the same logits (largest difference 2e-06)",
         "adapter         runs/support-1a2b3c4d",
         "",
         "To load it:",

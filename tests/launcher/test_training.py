@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,20 @@ def settings(folder: Path) -> list[str]:
     return ["--train-data", "rows.jsonl", *changes()]
 
 
+def loaded_by(summary: str, folder: Path) -> list[str]:
+    """What the Python lines of a summary load, run in ``folder`` by a new interpreter: class and adapters."""
+    code = textwrap.dedent(summary.partition("To load it:\n")[2])
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(type(model).__name__, model.active_adapters)"],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return ran.stdout.split()
+
+
 @dataclass
 class Old:
     """What ``train-lora`` without a folder left."""
@@ -118,17 +133,7 @@ def test_the_summary_goes_to_stdout_and_the_talk_to_stderr(old: Old) -> None:
 
 
 def test_the_printed_lines_load_the_adapter(old: Old) -> None:
-    code = old.said.out.partition("To load it:\n")[2].replace("\n    ", "\n").strip()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    loaded = subprocess.run(
-        [sys.executable, "-c", f"{code}\nprint(type(model).__name__, model.active_adapters)"],
-        cwd=old.home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert loaded.stdout.split() == ["PeftModelForCausalLM", "['default']"]
+    assert loaded_by(old.said.out, old.home) == ["PeftModelForCausalLM", "['default']"]
 
 
 def test_the_page_s_loading_example_works_on_run_and_checkpoint(old: Old, tiny_gpt2: Path) -> None:
@@ -153,6 +158,17 @@ def test_training_config_fed_back_repeats_the_run_to_the_byte(old: Old) -> None:
     assert (old.home / "again" / name).read_bytes() == (old.folder / name).read_bytes()
 
 
+def test_train_qlora_reads_the_flat_file_and_its_printed_lines_load_the_adapter(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("lora_r: 4\nload_in_4bit: true\nbnb_4bit_quant_type: fp4\n", encoding="utf-8")
+    words = [*settings(tmp_path), "--model", str(tiny_llama), "--config", "config.yaml", "--output-dir", "out"]
+    trained = command(tmp_path, "train-qlora", *words)
+    assert trained.code == 0, trained.err
+    assert read_json(tmp_path / "out" / "quantization_config.json")["bnb_4bit_quant_type"] == "fp4"
+    assert loaded_by(trained.out, tmp_path) == ["PeftModelForCausalLM", "['default']"]
+
+
 @pytest.fixture
 def spec(tiny_llama: Path, tmp_path: Path) -> Path:
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.numbered_rows(60))
@@ -168,35 +184,32 @@ def spec(tiny_llama: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_ctrl_c_prints_the_line_that_goes_on(spec: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, "train", str(spec), "--output", "out", "--set", "training.max_steps=401")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "committed" in line:
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    stopped = ended(process)
-    assert stopped.code == ExitCode.INTERRUPTED
-    assert stopped.out == ""
-    program, *words = shlex.split(stopped.err.splitlines()[-1])
-    assert program == "python"
-    # The same line goes on; here with fewer steps than it would take, so that the refusal shows it is the same run.
-    other = command(tmp_path, *words[1:-1], "training.max_steps=4")
-    assert other.code == 0, other.err
-    (begun,) = (folder for folder in (tmp_path / "out").iterdir() if not (folder / "run" / "manifest.json").exists())
-    assert read(begun / "training_config.yaml").training.max_steps == 401
-    process = start(tmp_path, *words[1:])
+def signalled(process: "subprocess.Popen[str]", words: str, number: int) -> Ended:
+    """How a command ended that got a signal, with all it started, once it had said ``words``."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
-        if "going on from the checkpoint" in line:
-            os.killpg(process.pid, signal.SIGTERM)
+        if words in line:
+            os.killpg(process.pid, number)
             break
-    assert ended(process).code == ExitCode.INTERRUPTED, said
+    last = ended(process)
+    return Ended(last.code, last.out, "".join(said) + last.err)
 
 
-def test_from_python_results_are_data_and_a_second_call_trains_nothing(spec: Path, tmp_path: Path) -> None:
+def test_ctrl_c_prints_the_line_that_goes_on(spec: Path, tmp_path: Path) -> None:
+    stopped = signalled(start(tmp_path, "train", str(spec), "--output", "an out"), "committed", signal.SIGINT)
+    assert (stopped.code, stopped.out) == (ExitCode.INTERRUPTED, ""), stopped.err
+    python, program, *words = shlex.split(stopped.err.splitlines()[-1])
+    assert (python, Path(program)) == ("python", ROOT / "main.py")
+    again = signalled(start(tmp_path, *words), "going on from the checkpoint", signal.SIGINT)
+    assert again.code == ExitCode.INTERRUPTED, again.err
+
+
+def test_from_python_results_are_data_and_a_second_call_trains_nothing(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEJOB_SCRATCH", str(tmp_path / "scratch"))
     given = yaml.safe_load(spec.read_text(encoding="utf-8"))
     results = tunejob.train(given, output=f"file:{tmp_path / 'out'}", overrides=["training.max_steps=2"])
     assert results["evaluation.tuned.loss"] < results["evaluation.base.loss"] * 1.5
