@@ -95,6 +95,12 @@ class Diverged(JobError):
     exit_code = ExitCode.DIVERGED
 
 
+class BudgetSpent(JobError):
+    """The hours the user allowed the run are used up."""
+
+    exit_code = ExitCode.BUDGET
+
+
 class Interrupted(JobError):
     """The supervisor was asked to leave; what could be committed is."""
 

@@ -27,6 +27,8 @@ class Status:
     """How the attempt ended; None while it goes on."""
     message: str = ""
     """Why, in a sentence, if it failed."""
+    elapsed: float = 0.0
+    """Seconds since the attempt began."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase that is over."""
 

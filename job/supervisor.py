@@ -20,7 +20,7 @@ from typing import Any
 from job import launch, layout, transfer
 from job.announce import Announcer, log_to
 from job.basemodel import inspect
-from job.errors import Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
+from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
 from job.exits import ExitCode
 from job.files import read_json, write_json
 from job.inputs import Inputs
@@ -28,7 +28,7 @@ from job.outcome import as_foreseen, cause, recorded
 from job.own import Ownership, attempts, claim, record_attempt
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
-from job.status import Status
+from job.status import Status, parse_status
 from job.store import Store, from_json, open_store, probe, to_json
 from job.workdir import WorkDir
 
@@ -98,7 +98,9 @@ class Attempt:
         self._ownership: Ownership | None = None
         self._log_handler: logging.Handler | None = None
         self._pushed: set[str] = set()
+        self._began = time.monotonic()
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._budget_left = float("inf")
 
     def run(self) -> None:
         """All phases.
@@ -191,8 +193,7 @@ class Attempt:
     def _own(self, store: Store) -> None:
         self._ownership = claim(store, digest(self.spec))
         store.sweep("")
-        number = len(attempts(store)) + 1
-        self._status = replace(self._status, attempt=number)
+        number = self._enter_ledger(store)
         shutil.rmtree(self.workdir.root, ignore_errors=True)
         self.workdir.root.mkdir(parents=True)
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
@@ -201,6 +202,33 @@ class Attempt:
         log.info("run %s, attempt %d: %s of %s", self._status.run, number, self.spec.method, self.spec.model.name)
         if store.read(layout.TRAINING_CONFIG) is None:
             store.write(layout.TRAINING_CONFIG, dump(self.spec).encode(), if_absent=True)
+
+    def _enter_ledger(self, store: Store) -> int:
+        """This attempt's number, once the ledger has it and what an attempt that vanished left to be said.
+
+        Raises:
+            BudgetSpent: earlier attempts used up `resources.budget`.
+        """
+        ledger = attempts(store)
+        if ledger and ledger[-1]["exit_code"] is None:
+            found = store.read(layout.STATUS)
+            last = parse_status(found[0]) if found else None
+            if last is not None and last.attempt == ledger[-1]["attempt"]:
+                ledger[-1] |= {"seconds": round(last.elapsed, 3), "committed": last.committed, "message": "vanished"}
+                record_attempt(store, last.attempt, ledger[-1])
+        if self.spec.resources.budget_hours is not None:
+            self._budget_left = self.spec.resources.budget_hours * 3600 - sum(one["seconds"] for one in ledger)
+        self._status = replace(self._status, attempt=len(ledger) + 1)
+        self._record_attempt(store)
+        self._require_budget()
+        return self._status.attempt
+
+    def _require_budget(self) -> None:
+        if time.monotonic() - self._began > self._budget_left:
+            raise BudgetSpent(
+                f"resources.budget: {self.spec.resources.budget_hours:g} hours over all attempts are used up; the "
+                f"newest committed checkpoint is of step {self._status.committed}. Raise it to go on"
+            )
 
     # pull
 
@@ -242,7 +270,7 @@ class Attempt:
         try:
             while (code := child.wait(_POLL_SECONDS)) is None:
                 self._tick(store)
-                if not self.stop.is_set():
+                if not self.stop.is_set() and time.monotonic() - self._began <= self._budget_left:
                     continue
                 if asked_at is None:
                     asked_at = time.monotonic()
@@ -257,7 +285,8 @@ class Attempt:
         self._settle(processes, code, store)
 
     def _ask_to_leave(self) -> None:
-        log.warning("asked to leave; %s", "sealing a checkpoint" if self._phase_now() == "train" else "leaving")
+        why = "asked to leave" if self.stop.is_set() else "resources.budget is used up"
+        log.warning("%s; %s", why, "sealing a checkpoint" if self._phase_now() == "train" else "leaving")
         if self._phase_now() == "train":
             self.workdir.stop.touch()
 
@@ -274,6 +303,7 @@ class Attempt:
         if self.stop.is_set():
             self._commit_sealed(store)
             raise Interrupted(f"asked to leave; the newest committed checkpoint is of step {self._status.committed}")
+        self._require_budget()
         silent = [process for process, outcome in outcomes.items() if outcome is None]
         if silent:
             raise TemporaryFailure(
@@ -369,15 +399,19 @@ class Attempt:
 
     def _tell_status(self, store: Store) -> None:
         self._status_at = time.monotonic()
-        self._status = replace(self._status, seconds={name: round(s, 3) for name, s in self._seconds.items()})
+        seconds = {name: round(value, 3) for name, value in self._seconds.items()}
+        self._status = replace(self._status, seconds=seconds, elapsed=round(time.monotonic() - self._began, 3))
         store.write(layout.STATUS, self._status.dump())
 
     def _record_attempt(self, store: Store) -> None:
+        """This attempt's line of the ledger: at its start without an end, at its end with one."""
+        ended = self._status.exit_code is not None
         record = {
             "attempt": self._status.attempt,
             "generation": self._ownership.generation if self._ownership else None,
             "started": self._started,
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
+            "seconds": round(time.monotonic() - self._began, 3),
             "exit_code": self._status.exit_code,
             "message": self._status.message,
             "committed": self._status.committed,

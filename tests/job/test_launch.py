@@ -86,7 +86,8 @@ def test_a_child_leaves_when_its_supervisor_is_killed(tmp_path: Path) -> None:
         import os, sys, time
         from pathlib import Path
         from job.launch import Child, _environment
-        code = "from job.child import setup_child; import os, time; setup_child(); print(os.getpid(), flush=True); time.sleep(600)"
+        code = "from job.child import setup_child; import os, time; setup_child(); "
+        code += "print(os.getpid(), flush=True); time.sleep(600)"
         Child([sys.executable, "-c", code], _environment(Path(sys.argv[1])), lambda line: print(line, flush=True))
         time.sleep(600)
     """

@@ -125,7 +125,10 @@ def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(straight: Run, tmp
 
     code, said = run.attempt()
     assert code == 0, said
-    assert "attempt 2" not in said.split("going on")[0] or "going on from the checkpoint of step" in said
+    assert "attempt 2" in said
+    ledger = [read_json(run.folder / f"run/attempts/{number:06d}.json") for number in (1, 2)]
+    assert [(one["exit_code"], one["message"]) for one in ledger] == [(None, "vanished"), (0, "")]
+    assert ledger[0]["seconds"] > 0
     assert "going on from the checkpoint of step" in said
     assert run.adapter() == straight.adapter()
     assert run.losses() == straight.losses()
@@ -180,6 +183,27 @@ def test_asked_to_leave_in_any_other_phase_it_leaves_at_once(straight: Run, tmp_
         code, said = run.attempt()
         assert code == 0, said
         assert run.adapter() == straight.adapter()
+
+
+def test_a_budget_ends_the_run_with_a_checkpoint_and_is_kept_over_attempts(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    run.spec = tmp_path / "run.yaml"
+    text = straight.spec.read_text()
+    endless = text.replace("max_steps: 60", "max_steps: 100000")
+    run.spec.write_text(endless + "resources: {budget: 0.004}\n")
+    code, said = run.attempt()
+    assert code == 94, said
+    assert "resources.budget" in said
+    committed = read_json(run.folder / "run/status.json")["committed"]
+    assert committed > 0
+    code, said = run.attempt()
+    assert code == 94
+    assert read_json(run.folder / "run/attempts/000002.json")["seconds"] < 5
+
+    run.spec.write_text(endless + "resources: {budget: 0.012}\n")  # the budget is no part of what is trained
+    code, said = run.attempt()
+    assert code == 94
+    assert f"going on from the checkpoint of step {committed}" in said
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(straight: Run, tmp_path: Path) -> None:
