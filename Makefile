@@ -17,6 +17,7 @@ set-up: $(READY)  ## the virtual environment, with known-good versions
 
 # torch first and by itself: the wheel for this machine, and with the CPU's no gigabytes of CUDA libraries.
 $(READY): pyproject.toml docker/constraints.txt
+	@echo 'setting up .venv: a minute or two, once'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check $(TORCH) -c docker/constraints.txt
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[dev]' -c docker/constraints.txt
@@ -30,10 +31,14 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 --dist worksteal -m 'not slow'
+	$(TEST) -n 2 --dist worksteal -m 'not slow and not others'
 
 test-slow: $(READY) models/SmolLM2-135M-Instruct  ## the tests that train the small model for minutes
 	$(TEST) -m slow
+
+test-others: $(READY)  ## the tests beside other trainers
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[others]' -c docker/constraints.txt
+	$(TEST) -m others
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

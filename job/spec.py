@@ -366,7 +366,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
         with path.open("rb") as stream:
             content = stream.read(strict_yaml.MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SpecInvalid(f"{path}: no such file; name a spec that is there, or write one with: tunejob init") from None
+        raise SpecInvalid(
+            f"{path}: no such file; name a spec that is there (configs/quickstart.yaml of the project is one)"
+        ) from None
     except IsADirectoryError:
         raise SpecInvalid(f"{path}: a directory; name the spec file inside it") from None
     except PermissionError:
