@@ -24,6 +24,11 @@ def check_enough(train: Counts, evaluation: Counts, limits: Limits, max_dropped:
         raise DataInvalid(
             f"data.train: {dropped} of {read} rows dropped ({why}), over data.max_dropped {max_dropped:g}; {advice}"
         )
+    if not train.kept and evaluation.kept and not dropped:
+        raise DataInvalid(
+            f"data.train: all {evaluation.kept} rows were set aside for evaluation and none is left to train on; "
+            "add rows, name evaluation data (data.eval), or set data.eval_split to 0"
+        )
     if not train.kept:
         aside = f", {evaluation.kept} set aside for evaluation" if evaluation.kept else ""
         raise DataInvalid(f"data.train: no row is left to train on ({why or 'none could be read'}{aside}); {advice}")

@@ -4,6 +4,8 @@ import json
 import logging
 import pickle
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from job.device import DTYPES, Placement
 from job.errors import IntegrityFailure, SpecInvalid
+from job.failures import as_torch_failure
 from job.layout import ADAPTER_SAFETENSORS, QUANTIZATION_CONFIG
 from job.spec import JobSpec
 
@@ -30,7 +33,8 @@ def check_targets(folder: Path, spec: JobSpec) -> None:
         SpecInvalid: `lora.target_modules` or `lora.modules_to_save` names something the model does not have; the
             message lists what there is.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _understood(spec.model.name):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     modules = dict(model.named_modules())
@@ -63,6 +67,26 @@ def quantization_config(spec: JobSpec, precision: torch.dtype) -> BitsAndBytesCo
     )
 
 
+@contextmanager
+def _understood(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        raise _as_model_failure(error, name) from error
+
+
+def _as_model_failure(error: Exception, name: str) -> Exception:
+    """What a model folder that transformers cannot make a model of means for the user; memory is not its fault."""
+    if as_torch_failure(error) is not None:
+        return error
+    words = " ".join(str(error).split())[:200]
+    if "ignore_mismatched_sizes" in words or "size mismatch" in words or isinstance(error, RuntimeError):
+        return IntegrityFailure(
+            f"model {name}: its weights do not fit its config.json ({words}); fetch the model again"
+        )
+    return SpecInvalid(f"model {name}: transformers makes no causal language model of its config.json ({words})")
+
+
 def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
     """The frozen base on this rank's device, in its precision or in 4 bits.
 
@@ -87,6 +111,8 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
             f"model {spec.model.name}: its pickled weights are refused by torch's restricted unpickler "
             f"({str(error).splitlines()[0]}); convert them to safetensors"
         ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _as_model_failure(error, spec.model.name) from error
     missing = sorted(found["missing_keys"]) + [str(key) for key in found["mismatched_keys"]]
     if missing:
         raise IntegrityFailure(
@@ -123,6 +149,10 @@ def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement) -> PeftMod
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        # A norm whose bias trains in float32 needs a weight of the same type.
+        if isinstance(module, nn.LayerNorm) and module.bias is not None and module.bias.requires_grad:
+            module.weight.data = module.weight.data.float()
     _recompute(model.get_base_model(), spec.training.gradient_checkpointing, placement)
     return model
 

@@ -241,6 +241,7 @@ def claim(
     *,
     interval_seconds: float | None = None,
     heartbeat: bool = True,
+    any_spec: bool = False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ownership:
@@ -250,6 +251,7 @@ def claim(
         spec_digest: of the spec; a run belongs to one.
         identity: left out: this process.
         interval_seconds: between two heartbeats; left out: ``heartbeat_seconds()``.
+        any_spec: nothing was committed, so a run of another spec that has ended may be replaced.
         heartbeat: False leaves the heartbeat to ``start`` or ``check``.
 
     Raises:
@@ -262,7 +264,7 @@ def claim(
     for _ in range(TRIES):
         found = read_owner(store)
         if found is not None:
-            found = _once_free(store, found, spec_digest, interval, clock, sleep)
+            found = _once_free(store, found, None if any_spec else spec_digest, interval, clock, sleep)
         generation = found[0].generation + 1 if found else 1
         started = datetime.now(UTC).isoformat(timespec="seconds")
         owner = Owner(spec_digest, generation, nonce, me, started, interval)
@@ -287,7 +289,7 @@ def _take(store: Store, owner: Owner, etag: str | None) -> str | None:
 def _once_free(
     store: Store,
     found: tuple[Owner, str],
-    spec_digest: str,
+    spec_digest: str | None,
     interval: float,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
@@ -298,7 +300,7 @@ def _once_free(
         Conflict, Fenced: see ``claim``.
     """
     owner, etag = found
-    if owner.spec != spec_digest:
+    if spec_digest is not None and owner.spec != spec_digest:
         raise Conflict(
             f"{store.uri}: belongs to another spec (digest {owner.spec[:12]}, this one is {spec_digest[:12]}); "
             "name another output, or another run"

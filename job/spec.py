@@ -276,7 +276,7 @@ class Resources(Section):
     nodes: int = Field(1, ge=1, le=1024)
     """Pods that train together."""
     cpu: str | None = None
-    """Kubernetes quantity, for instance `8` or `500m`."""
+    """Kubernetes quantity as text, for instance `"8"` or `500m`."""
     memory: str | None = None
     """Kubernetes quantity, for instance `64Gi`."""
     ephemeral_storage: str | None = None

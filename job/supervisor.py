@@ -23,7 +23,7 @@ from job.basemodel import inspect
 from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
 from job.exits import ExitCode
 from job.files import read_json, write_json
-from job.inputs import Inputs
+from job.inputs import Input, Inputs
 from job.outcome import as_foreseen, cause, recorded
 from job.own import Ownership, attempts, claim, record_attempt
 from job.results import eval_results, model_card
@@ -149,15 +149,19 @@ class Attempt:
     # own
 
     def _refuse_other_spec(self, store: Store) -> None:
-        """A run's prefix belongs to one spec for ever."""
+        """A prefix belongs to one spec as soon as something was committed there."""
         found = store.read(layout.TRAINING_CONFIG)
-        if found is None:
+        if found is None or not self._holds_something(store):
             return
         name = f"{store.uri}/{layout.TRAINING_CONFIG}"
         theirs = parse(found[0], name)
         if digest(theirs) != digest(self.spec):
             changes = "; ".join(differences(self.spec, theirs))
             raise Conflict(f"{store.uri}: belongs to another spec ({changes}); name another output")
+
+    def _holds_something(self, store: Store) -> bool:
+        """A run that was refused or left before its first checkpoint has nothing that another could spoil."""
+        return transfer.any_committed(store) or transfer.read_manifest(store) is not None
 
     def _already_published(self, store: Store) -> bool:
         manifest = transfer.read_manifest(store)
@@ -179,7 +183,7 @@ class Attempt:
         commit = next((record["commit"] for record in recorded if record.get("commit")), None)
         inputs = transfer.pull_inputs(self.spec, self.workdir, revision=commit)
         inspect(inputs.model.path, self.spec.model.name)
-        here = transfer.fingerprint(inputs, recorded)
+        here = transfer.fingerprint(inputs, recorded, _template_file(self.spec))
         changes = transfer.changed(recorded, here) if recorded else []
         if changes:
             raise Conflict(
@@ -191,8 +195,12 @@ class Attempt:
         return inputs
 
     def _own(self, store: Store) -> None:
-        self._ownership = claim(store, digest(self.spec))
+        is_fresh = not self._holds_something(store)
+        self._ownership = claim(store, digest(self.spec), any_spec=is_fresh)
         store.sweep("")
+        if is_fresh:
+            store.delete(layout.INPUTS)
+            store.delete(layout.TRAINING_CONFIG)
         number = self._enter_ledger(store)
         shutil.rmtree(self.workdir.root, ignore_errors=True)
         self.workdir.root.mkdir(parents=True)
@@ -284,6 +292,11 @@ class Attempt:
         self._tick(store)
         self._settle(processes, code, store)
 
+    def _kept(self) -> str:
+        if not self._status.committed:
+            return "nothing was trained yet"
+        return f"the newest committed checkpoint is of step {self._status.committed}"
+
     def _ask_to_leave(self) -> None:
         why = "asked to leave" if self.stop.is_set() else "resources.budget is used up"
         log.warning("%s; %s", why, "sealing a checkpoint" if self._phase_now() == "train" else "leaving")
@@ -302,7 +315,7 @@ class Attempt:
             raise failure
         if self.stop.is_set():
             self._commit_sealed(store)
-            raise Interrupted(f"asked to leave; the newest committed checkpoint is of step {self._status.committed}")
+            raise Interrupted(f"asked to leave; {self._kept()}")
         self._require_budget()
         silent = [process for process, outcome in outcomes.items() if outcome is None]
         if silent:
@@ -435,6 +448,12 @@ def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
         act(*arguments)
     except (JobError, OSError) as error:
         log.warning("could not leave word of the end: %s", error)
+
+
+def _template_file(spec: JobSpec) -> list[Input]:
+    """The chat template that is a file of the user's: an input like the data."""
+    name = spec.data.chat_template or ""
+    return [Input(name, Path(name))] if name.endswith(".jinja") and Path(name).is_file() else []
 
 
 def _best(store: Store) -> int | None:

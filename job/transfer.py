@@ -127,18 +127,21 @@ def _path_of(uri: str, key: str) -> Path:
     return path
 
 
-def fingerprint(inputs: Inputs, recorded: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def fingerprint(
+    inputs: Inputs, recorded: Sequence[Mapping[str, Any]] = (), others: Sequence[Input] = ()
+) -> list[dict[str, Any]]:
     """What ``run/inputs.json`` records of the inputs: name, size, etag and sha256 of each file, and a hub's commit.
 
     Args:
         recorded: an earlier fingerprint; a file that still has its etag is not hashed again.
+        others: files besides, for instance a chat template.
     """
     known = {record.get("name"): record for record in recorded}
     with translated(f"model {inputs.model.uri}: cannot be read", inputs.model.path):
         model = basemodel.files_of(inputs.model.path)
     commit = hub.commit_of(inputs.model.path)
     files = [(f"{inputs.model.uri}/{path.name}", path, {"commit": commit} if commit else {}) for path in model]
-    files += [(item.uri, item.path, {}) for item in (*inputs.train, *([inputs.eval] if inputs.eval else []))]
+    files += [(item.uri, item.path, {}) for item in (*inputs.train, *([inputs.eval] if inputs.eval else []), *others)]
 
     def describe(file: tuple[str, Path, dict[str, str]]) -> dict[str, Any]:
         name, path, extra = file
@@ -265,6 +268,11 @@ def prune(store: Store, keep: int | Literal["all"], best: int | None = None) -> 
         if found and prefix not in marked and (prefix in removed or found < (newest.step, newest.generation)):
             store.delete(entry.key)
     return old
+
+
+def any_committed(store: Store) -> bool:
+    """Whether anything was ever committed here, readable or not: if so, the prefix belongs to its spec and inputs."""
+    return bool(_marked(store))
 
 
 def _marked(store: Store) -> list[tuple[int, int]]:

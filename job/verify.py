@@ -108,7 +108,9 @@ def _check_loaded(model: PeftModel, weights: dict[str, Tensor]) -> None:
     if loaded.keys() != weights.keys():
         odd = sorted(loaded.keys() ^ weights.keys())
         raise IntegrityFailure(f"stock PEFT loads other tensors than the adapter holds, first {odd[0]}")
-    wrong = [name for name, tensor in weights.items() if not torch.equal(loaded[name].cpu().to(tensor.dtype), tensor)]
+    wrong = [
+        name for name, tensor in weights.items() if not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype))
+    ]
     if wrong:
         raise IntegrityFailure(f"stock PEFT loads other values than the adapter holds, first {wrong[0]}")
 

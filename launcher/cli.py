@@ -102,7 +102,7 @@ def _report(finished: "Finished", again: list[str]) -> int:
 
         print(summary(load(finished.folder)))
     elif finished.code == ExitCode.INTERRUPTED:
-        _say(f"interrupted; what was trained so far is kept. To go on:\n  {shlex.join([*_program(), *again])}")
+        _say(f"interrupted; what was committed so far is kept. To go on:\n  {shlex.join([*_program(), *again])}")
     elif finished.remark:
         _say(f"tunejob: {finished.remark}")
     return finished.code

@@ -18,6 +18,9 @@ class Found(Enum):
     NOTHING = "nothing"
     FINISHED = "finished"
     BEGUN = "begun"
+    """With a committed checkpoint in it."""
+    ENTERED = "entered"
+    """Refused or left before the first checkpoint: nothing in it is worth keeping."""
     FOREIGN = "foreign"
 
 
@@ -30,8 +33,10 @@ def found_in(folder: Path) -> Found:
     """What stands in ``folder``; a folder that is empty or absent holds nothing."""
     if (folder / layout.MANIFEST).is_file():
         return Found.FINISHED
-    if (folder / layout.OWNER).is_file() or (folder / layout.ATTEMPTS).is_dir():
+    if any((folder / layout.CHECKPOINTS).glob(f"*/{layout.COMMIT}")):
         return Found.BEGUN
+    if (folder / layout.OWNER).is_file() or (folder / layout.ATTEMPTS).is_dir():
+        return Found.ENTERED
     if folder.is_dir():
         return Found.FOREIGN if any(folder.iterdir()) else Found.NOTHING
     return Found.FOREIGN if folder.exists() else Found.NOTHING
@@ -60,6 +65,8 @@ def settle(method: str, named: str | None, now: datetime, resume: bool, overwrit
 
 def as_folder(named: str) -> Path:
     """A folder of this machine by its path or ``file:`` URI. Raises SpecInvalid for another kind of store."""
+    if not named.strip():
+        raise SpecInvalid("--output-dir: empty; name a folder")
     path = local_path(named)
     if path is None:
         raise SpecInvalid(f"--output-dir {named}: a folder of this machine is due; name one")

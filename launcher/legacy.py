@@ -103,7 +103,8 @@ def spec_of(verb: str, options: OldOptions) -> tuple[JobSpec, list[str]]:
         value = _merged(value, layer)
     if not value.get("data", {}).get("train"):
         raise SpecInvalid(f"{verb}: no training data; name it with --train-data FILE")
-    if not {"eval", "eval_split"} & value["data"].keys():
+    sets_evaluation = any(change.startswith(("data.eval=", "data.eval_split=")) for change in options.set)
+    if not sets_evaluation and not {"eval", "eval_split"} & value["data"].keys():
         value["data"]["eval_split"] = _EVAL_SPLIT
     return overridden(from_mapping(value, document.source, lines), options.set), remarks
 

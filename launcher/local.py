@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import job
-from job.errors import JobError
+from job.errors import JobError, SpecInvalid
 from job.exits import EXITS, ExitCode
 from job.spec import JobSpec, dump, resolved, run_id
 
@@ -50,7 +50,9 @@ class Finished:
 
 def under(output: str, spec: JobSpec) -> str:
     """The folder of a spec's run below a folder of runs."""
-    return f"{output.rstrip('/') or '/'}/{run_id(spec)}"
+    if not output.strip("/ "):
+        raise SpecInvalid(f"--output {output!r}: neither empty nor the root of the disk; name a folder")
+    return f"{output.rstrip('/')}/{run_id(spec)}"
 
 
 def work(spec: JobSpec, folder: str) -> Finished:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job import rows as rows_module
@@ -196,14 +196,16 @@ def test_no_bytes_whatsoever_end_in_a_traceback(
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(
-    values=st.lists(st.dictionaries(st.text(), json_values), min_size=1, max_size=5), indent=st.sampled_from([None, 1])
+    values=st.lists(st.dictionaries(st.text(max_size=8), json_values, max_size=4), min_size=1, max_size=5),
+    indent=st.sampled_from([None, 1]),
 )
 def test_an_array_read_piece_by_piece_is_what_json_reads(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]], indent: int | None

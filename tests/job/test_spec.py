@@ -306,7 +306,7 @@ def test_a_file_is_read_with_its_overrides(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SpecInvalid, match=r"none\.yaml: no such file; .*tunejob init"):
+    with pytest.raises(SpecInvalid, match=r"none\.yaml: no such file; .*quickstart"):
         read(tmp_path / "none.yaml")
 
 
