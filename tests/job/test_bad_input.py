@@ -54,6 +54,14 @@ def remote_code(run: Run, model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
+def config(key: str, value: object) -> Change:
+    def change(run: Run, model: Path) -> None:
+        record = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(record | {key: value}))
+
+    return change
+
+
 CASES: dict[str, tuple[Change, int, str]] = {
     "unknown key": (
         edit("learning_rate:", "learnig_rate:"),
@@ -68,6 +76,8 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "nothing trained": (rows('{"prompt": "' + "long " * 200 + '", "completion": "b"}\n'), 65, r"long|dropped"),
     "model missing": (edit("model: ", "model: /nowhere"), 66, r"model /nowhere.*: no such folder"),
     "no config": (drop("config.json"), 66, r"config\.json"),
+    "unknown architecture": (config("model_type", "frobnicate"), 78, r"frobnicate"),
+    "weights of another shape": (config("intermediate_size", 96), 76, r"weights do not fit its config|another shape"),
     "no weights": (drop("model.safetensors"), 66, r"weights"),
     "no tokenizer": (drop("tokenizer.json"), 66, r"tokenizer"),
     "truncated weights": (truncated, 76, r"model\.safetensors"),
@@ -100,6 +110,21 @@ def test_bad_input_ends_with_its_code_and_a_sentence(case: str, tiny_llama: Path
     assert re.search(words, said.replace("\n", " ")), said
     assert not (model / "harmed").exists()
     assert not (run.folder / "run/manifest.json").exists()
+
+
+def test_a_refused_run_does_not_block_its_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_llama)
+    data = tmp_path / "train.jsonl"
+    good = data.read_text()
+    data.write_text(good + '{"prompt": 3}\n')
+    assert run.attempt()[0] == 65
+    data.write_text(good)
+    run.spec.write_text(run.spec.read_text().replace("r: 4", "r: 5"))  # another spec, and other data
+    code, said = run.attempt()
+    assert code == 0, said
+    assert "attempt 2" in said
+    run.spec.write_text(run.spec.read_text().replace("r: 5", "r: 6"))
+    assert run.attempt()[0] == 73  # what is there now belongs to its spec
 
 
 def test_a_full_disk_is_named_and_nothing_half_is_left(tiny_llama: Path, tmp_path: Path) -> None:

@@ -83,25 +83,36 @@ def test_t49_adapters_are_float32_over_a_16_bit_base_whose_embeddings_stay_16_bi
     assert quantization_config(spec, torch.bfloat16).bnb_4bit_compute_dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
-def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path) -> None:
+def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
+    from peft import PeftModel
+
+    from job import verify
     from job.kernels import PaddingFree
     from job.loop import Loop, make_optimizer
-    from job.model import add_adapter
+    from job.model import add_adapter, save_adapter
     from job.order import Order
     from tests.job.made import made_rows
 
     half = replace(CPU, precision=torch.bfloat16)
-    for method in ("lora", "qlora"):
-        spec = made_spec(method=method, training={"max_steps": 2, "gradient_checkpointing": True})
-        model = add_adapter(load_base(tiny_llama, spec, half), spec, half)
+    cases = (
+        (tiny_llama, {}, {"modules_to_save": ["lm_head"]}),
+        (tiny_llama, {"method": "qlora"}, {}),
+        (tiny_gpt2, {}, {"bias": "all"}),
+    )
+    for folder, more, lora in cases:
+        spec = made_spec(training={"max_steps": 2, "gradient_checkpointing": True}, lora=lora, **more)
+        model = add_adapter(load_base(folder, spec, half), spec, half)
         rows = made_rows([17, 5, 33, 9], 300)
         order = Order(rows.sources, [1.0], spec.training, "digest")
         kernel = PaddingFree(half.device)
         loop = Loop(model, make_optimizer(model, spec.training), rows, order, spec.training, kernel, half)
         losses = [progress.loss for progress in loop.run(lambda: False)]
         assert losses[1] < losses[0]
+        save_adapter(model, tmp_path / "adapter", "safetensors")
+        again = PeftModel.from_pretrained(load_base(folder, spec, half), str(tmp_path / "adapter"))
+        verify._check_loaded(again, verify.check_structure(tmp_path / "adapter", spec))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ STATES = {
     "absent": None,
     "empty": [],
     "finished": [layout.OWNER, layout.MANIFEST],
-    "begun": [layout.OWNER],
+    "begun": [layout.OWNER, layout.checkpoint_prefix(100) + layout.COMMIT],
+    "entered": [layout.OWNER],
     "foreign": ["notes.txt"],
 }
 
@@ -50,6 +51,8 @@ def test_the_default_folder_carries_method_and_time() -> None:
         ("finished", True, None),
         ("begun", False, Conflict),
         ("begun", True, None),
+        ("entered", False, None),
+        ("entered", True, None),
         ("foreign", False, Conflict),
         ("foreign", True, Conflict),
     ],
