@@ -380,8 +380,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 def parse(text: str | bytes, source: str, overrides: Sequence[str] = ()) -> JobSpec:
     """The spec in a YAML text; ``source`` is what messages call it. Raises SpecInvalid with every problem."""
-    document = strict_yaml.parse_document(text, source)
+    document = strict_yaml.parse_document(text, source, tolerant=True)
     draft = Draft.of(document.value, source, document.lines)
+    draft.problems, draft.is_reported = list(document.problems), document.is_reported
     for override in overrides:
         draft.override(override, expand=_expanded)
     return _checked(draft)
@@ -481,6 +482,7 @@ def _checked(draft: Draft) -> JobSpec:
         errors = error.errors(include_url=False)
         told = explain(errors[: strict_yaml.MAX_PROBLEMS], JobSpec, draft.value)
         problems = {**dict(told), **problems}
+        problems = {path: what for path, what in problems.items() if not draft.is_reported(path)}
         raise draft.refusal(list(problems.items()), max(0, len(errors) - strict_yaml.MAX_PROBLEMS)) from None
     if problems or draft.problems:
         raise draft.refusal(list(problems.items()))

@@ -23,7 +23,9 @@ class Draft:
     places: dict[Path, str]
     """``run.yaml:12`` or ``--set``; in the order of the file. A path that is not there counts as its parent."""
     problems: list[str] = field(default_factory=list)
-    """Overrides that could not be laid over it."""
+    """What was wrong with the text itself, and overrides that could not be laid over it."""
+    is_reported: Callable[[Path], bool] = lambda path: False
+    """Whether the value at a path is known to be wrong already."""
 
     @classmethod
     def of(cls, value: Mapping[str, Any], source: str, lines: Mapping[Path, int]) -> "Draft":

@@ -50,6 +50,17 @@ class Document:
     """What messages call the text: the file's name."""
     lines: Mapping[Path, int]
     """Line (from 1) of every key and every list item."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with the text itself, where the caller wants to report it together with more."""
+    reported: frozenset[Path] = frozenset()
+    """Where those problems are: the values there are not what the user meant."""
+
+    def is_reported(self, path: Path) -> bool:
+        """Whether a value was refused as text already, so that a complaint about it would be the second."""
+        return path in self.reported or any(part == "<<" or str(part).startswith(_NO_KEY) for part in path)
+
+
+_NO_KEY = "(key on line "
 
 
 def refusal(problems: Sequence[str], untold: int = 0) -> SpecInvalid:
@@ -69,12 +80,13 @@ def path_text(path: Path) -> str:
     return ".".join(str(part) if re.fullmatch(r"[\w-]+", str(part)) else repr(part) for part in path)
 
 
-def parse_document(text: str | bytes, source: str) -> Document:
+def parse_document(text: str | bytes, source: str, tolerant: bool = False) -> Document:
     """Reads one YAML document whose root is a mapping.
 
     Args:
         text: at most 1 MiB; bytes are UTF-8, with or without a byte order mark.
         source: the file's name, for messages.
+        tolerant: problems that leave the rest of the text readable are handed over instead of raised.
 
     Raises:
         SpecInvalid: every problem, one per line as ``source:LINE: path: what; what to try``.
@@ -84,9 +96,9 @@ def parse_document(text: str | bytes, source: str) -> Document:
     if not reader.problems and not isinstance(value, dict):
         found = "nothing in it" if value is None else "no key at its top"
         reader.report(1, (), f"the document has {found}; write lines like name: support-ja")
-    if reader.problems:
+    if reader.problems and not (tolerant and isinstance(value, dict)):
         raise refusal(reader.problems)
-    return Document(value, source, reader.lines)
+    return Document(value, source, reader.lines, tuple(reader.problems), frozenset(reader.reported))
 
 
 def parse_scalar(text: str, source: str = "--set") -> Any:
@@ -163,10 +175,12 @@ class _Reader:
     source: str
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    reported: set[Path] = field(default_factory=set)
 
     def report(self, line: int, path: Path, what: str) -> None:
         where = f"{path_text(path)}: " if path else ""
         self.problems.append(f"{self.source}:{line}: {where}{what}")
+        self.reported.add(path)
 
     def document(self) -> Any:
         """The value of the one document in the text; None where there is none."""
@@ -258,7 +272,7 @@ class _Reader:
             return key
         if isinstance(event, yaml.ScalarEvent):
             self.report(_line(event), path, f"key {event.value[:40] or 'null'}: keys are text; put it in quotes")
-        return f"(key on line {_line(event)}, column {event.start_mark.column + 1})"
+        return f"{_NO_KEY}{_line(event)}, column {event.start_mark.column + 1})"
 
 
 def _line(event: Any) -> int:

@@ -557,3 +557,19 @@ def test_every_section_is_frozen_and_closed():
     assert len(sections) > 10
     assert all(kind.model_config["frozen"] and kind.model_config["extra"] == "forbid" for kind in sections)
     assert all(issubclass(kind, BaseModel) for kind in sections)
+
+
+def test_problems_of_the_text_and_of_the_spec_come_together():
+    text = "name: a\nname: b\nmodel: !x m\ndata: {train: f}\ntraining: {learnig_rate: 1, epochs: *e}\n"
+    with pytest.raises(SpecInvalid) as refused:
+        parse(text, "run.yaml", ["foo=1"])
+    told = str(refused.value).splitlines()
+    for line, words in (
+        (2, "name: given twice"),
+        (3, "tag !x"),
+        (5, "alias *e"),
+        (5, "did you mean learning_rate"),
+    ):
+        assert any(one.startswith(f"run.yaml:{line}: ") and words in one for one in told), (words, told)
+    assert any(one.startswith("--set: foo") for one in told)
+    assert sum("epochs" in one for one in told) == 1, "the alias is one problem, not two"
