@@ -44,7 +44,9 @@ def check(spec: "str | Path | Mapping[str, Any] | JobSpec", overrides: Sequence[
 
 
 def train(
-    spec: "str | Path | Mapping[str, Any] | JobSpec", output: str = "file:./runs", overrides: Sequence[str] = ()
+    spec: "str | Path | Mapping[str, Any] | JobSpec",
+    output: "str | Path" = "file:./runs",
+    overrides: Sequence[str] = (),
 ) -> "Results":
     """Trains, evaluates and publishes a run on this machine, and gives its results.
 
@@ -60,13 +62,13 @@ def train(
     from launcher.results import load
 
     checked = check(spec, overrides)
-    finished = work(checked, under(output, checked))
+    finished = work(checked, under(str(output), checked))
     if finished.code:
         raise error_for(finished.code, str(finished))
     return load(finished.folder)
 
 
-def results(run: str) -> "Results":
+def results(run: "str | Path") -> "Results":
     """What a finished run left: ``results(run)["evaluation.tuned.loss"]``; None for a figure it does not have.
 
     Raises:
@@ -74,18 +76,24 @@ def results(run: str) -> "Results":
     """
     from launcher.results import load
 
-    return load(run)
+    return load(str(run))
 
 
-def compare(runs: Sequence[str], language: str = "en") -> str:
+def compare(runs: "Sequence[str | Path]", language: str = "en") -> str:
     """A Markdown table of finished runs side by side: memory, speed, accuracy.
 
     Args:
         runs: the runs' folders.
         language: ``en`` or ``ja``.
-    """
-    from launcher.compare import table
 
+    Raises:
+        JobError: a run that is not there or not finished, or another language.
+    """
+    from job.errors import SpecInvalid
+    from launcher.compare import LANGUAGES, table
+
+    if language not in LANGUAGES:
+        raise SpecInvalid(f"language {language!r}: known are {', '.join(LANGUAGES)}")
     return table([results(run) for run in runs], language)
 
 

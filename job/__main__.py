@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", help=f"where runs go; the run's id is added (default: ${OUTPUT})")
     where.add_argument("--folder", help="exactly where this run goes")
+    parser.add_argument("--outcome", type=Path, help="file for the exit code and its sentence (JSON)")
     parser.add_argument("--work", type=Path, help=f"scratch folder (default: below ${SCRATCH} or the user's cache)")
     return parser
 
@@ -50,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
     if not root and arguments.folder is None:
         raise SpecNotMounted(f"nowhere to put the run: set {OUTPUT}, or give --output URI")
     uri = arguments.folder or f"{root.rstrip('/')}/{run_id(spec)}"
-    return supervise(spec, uri, arguments.work or _work_folder(uri))
+    return supervise(spec, uri, arguments.work or _work_folder(uri), arguments.outcome)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -101,6 +101,7 @@ class Pass:
         self.train = RowWriter(folder / TRAIN, encoder, limits)
         self.eval = RowWriter(folder / EVAL, encoder, limits)
         self.digest = ""
+        self.eval_digest = ""
 
     def run(self) -> None:
         """Reads, splits and writes every row; refuses what could not be trained on."""
@@ -111,7 +112,8 @@ class Pass:
             for row, example, rendered in self._examples(self.inputs.eval):
                 self.seen.evaluate(key_of(example))
                 self.eval.add(row, 0, rendered)
-        digests = self.train.close() + self.eval.close()
+        train_digest, self.eval_digest = self.train.close(), self.eval.close()
+        digests = train_digest + self.eval_digest
         self.digest = hashlib.sha256(digests.encode("ascii")).hexdigest()
         check_enough(self.train.counts, self.eval.counts, self.limits, self.spec.data.max_dropped)
 
@@ -187,6 +189,7 @@ class Pass:
         names = [source.uri for source in self.inputs.train]
         return {
             "digest": self.digest,
+            "eval_digest": self.eval_digest,
             "sources": names,
             "eval_sources": [evaluation.uri] if evaluation is not None else names,
             "eos_id": eos,

@@ -124,10 +124,19 @@ def dump_document(value: Mapping[str, Any]) -> str:
     """YAML that this reader and any reader of YAML 1.1 understand alike: whatever could be misread is quoted.
 
     Keys keep their order; text of several lines stands as a block.
+
+    Raises:
+        SpecInvalid: a value is of a type that YAML has no word for.
     """
-    return yaml.dump(
-        dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1 << 20
-    )
+    try:
+        return yaml.dump(
+            dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1 << 20
+        )
+    except yaml.representer.RepresenterError as error:
+        found = repr(error.args[-1])[:80]
+        raise refusal(
+            [f"{found}: no value for a spec; write text, numbers, true or false, lists or mappings"]
+        ) from None
 
 
 def _decoded(text: str | bytes, source: str) -> str:

@@ -44,12 +44,13 @@ _POLL_SECONDS = 0.2
 _STATUS_SECONDS = 5.0
 
 
-def supervise(spec: JobSpec, uri: str, work: Path) -> ExitCode:
+def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) -> ExitCode:
     """Runs one attempt. Every failure becomes an exit code here and nowhere else.
 
     Args:
         uri: the run's own prefix in a store.
         work: scratch folder of this attempt; emptied at the start, removed at the end.
+        outcome: where to leave the code and its sentence for the process that started this one.
     """
     attempt = Attempt(spec, uri, WorkDir(work))
     with _asked_to_leave(attempt.stop):
@@ -65,6 +66,8 @@ def supervise(spec: JobSpec, uri: str, work: Path) -> ExitCode:
                 log.error("%s", foreseen)
                 code, message = foreseen.exit_code, str(foreseen)
         attempt.close(code, message)
+        if outcome is not None:
+            write_json(outcome, {"exit_code": int(code), "message": message})
     return code
 
 

@@ -266,7 +266,11 @@ def _evaluate(worker: Worker, loop: Loop, base_biases: dict[str, torch.Tensor]) 
         base = _figures(worker, loop)
     if worker.is_first:
         rows = len(worker.data.eval)
-        figures = {"rows": min(rows, worker.spec.evaluation.max_rows or rows), "tokens": tuned.tokens}
+        figures = {
+            "rows": min(rows, worker.spec.evaluation.max_rows or rows),
+            "rows_digest": worker.data.info["eval_digest"],
+            "tokens": tuned.tokens,
+        }
         write_json(worker.workdir.evaluation, figures | {"base": base.record(), "tuned": tuned.record()})
 
 

@@ -34,7 +34,11 @@ _WORDS: dict[str, dict[str, str]] = {
     },
 }
 _METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
-_SHARED = {"model": "model", "rows": "evaluation.rows", "device": "performance.device"}
+_SHARED = {
+    "model": ("model",),
+    "rows": ("evaluation.rows", "evaluation.rows_digest"),
+    "device": ("performance.device",),
+}
 """What has to be the same for a fair comparison, and where the record has it."""
 LANGUAGES = tuple(_WORDS)
 
@@ -44,7 +48,11 @@ def table(runs: Sequence[Results], language: str = "en") -> str:
     words = _WORDS[language]
     head = words["head"].split("|")
     lines = rows_of([head, ["---"] * len(head), *(_row(run, words) for run in runs)])
-    differing = [words[word] for word, path in _SHARED.items() if len({str(run[path]) for run in runs}) > 1]
+    differing = [
+        words[word]
+        for word, paths in _SHARED.items()
+        if len({tuple(str(run[path]) for path in paths) for run in runs}) > 1
+    ]
     if differing:
         joint = "、" if language == "ja" else ", "
         lines += ["", words["mixed"].format(what=joint.join(differing))]

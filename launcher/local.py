@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -42,10 +43,13 @@ class Finished:
     remark: str = ""
     """A sentence for the user where the run's process could not say one itself."""
 
+    message: str = ""
+    """The sentence with which the run failed, as its process said it."""
+
     def __str__(self) -> str:
         """One sentence, for an error message."""
         meaning = EXITS[ExitCode(self.code)].meaning if self.code in set(ExitCode) else "unknown"
-        return f"{self.folder}: the run left with {self.code} ({self.remark or meaning})"
+        return f"{self.folder}: the run left with {self.code} ({self.message or self.remark or meaning})"
 
 
 def under(output: str, spec: JobSpec) -> str:
@@ -65,12 +69,14 @@ def work(spec: JobSpec, folder: str) -> Finished:
     """
     need_libraries(spec)
     with _spec_file(spec) as path:
+        outcome = path.with_name("outcome.json")
         command = [sys.executable, "-m", "job", "run", "--spec", str(path), "--folder", folder]
-        code = supervised(command, child_environment())
+        code = supervised([*command, "--outcome", str(outcome)], child_environment())
+        message = json.loads(outcome.read_text(encoding="utf-8"))["message"] if outcome.exists() else ""
     if code < 0:
         name, hint = signal.Signals(-code).name, _KILLED.get(signal.Signals(-code), "start it again to go on")
         return Finished(folder, 128 - code, f"the run's process was ended by {name}; {hint}")
-    return Finished(folder, code)
+    return Finished(folder, code, message=message)
 
 
 def child_environment() -> dict[str, str]:

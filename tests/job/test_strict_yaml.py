@@ -293,3 +293,8 @@ def test_both_parsers_tell_quoted_text_from_plain():
             event for event in yaml.parse(io.StringIO("a: 'b'\n"), Loader=loader) if isinstance(event, yaml.ScalarEvent)
         ]
         assert [bool(event.style) for event in events] == [False, True]
+
+
+def test_a_value_that_yaml_has_no_word_for_is_refused() -> None:
+    with pytest.raises(SpecInvalid, match="no value for a spec"):
+        dump_document({"name": object()})

@@ -226,3 +226,4 @@ def test_a_failed_run_raises_the_class_that_says_whose_problem_it_is(spec: Path,
     with pytest.raises(tunejob.JobError) as failed:
         tunejob.train(spec, output=str(tmp_path / "out"), overrides=["data.train=absent.jsonl"])
     assert failed.value.exit_code == ExitCode.NOINPUT
+    assert "absent.jsonl: no such file" in str(failed.value)
