@@ -1,5 +1,6 @@
 """The base model and its adapter: loading, checking, saving. transformers, peft and bitsandbytes do the work."""
 
+import gc
 import json
 import logging
 import pickle
@@ -124,9 +125,20 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
             # bitsandbytes re-packs 4-bit weights at the first evaluation on such a CPU; the packed product has no
             # backward pass, so a training that goes on after it would pass no gradient through.
             module.support_avx512bf16_for_cpu = False
+    if quantization is not None and placement.device.type == "cpu":
+        _let_go_of_the_file(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]
+
+
+def _let_go_of_the_file(model: nn.Module) -> None:
+    """Copies what was not quantised: one tensor that is still a view of the mapped weight file keeps all of it here."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+    gc.collect()
 
 
 def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement) -> PeftModel:
