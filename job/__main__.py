@@ -1,15 +1,14 @@
 """``python -m job``: the entrypoint of the container, and of a run on this machine."""
 
 import argparse
-import hashlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
 from job.errors import JobError, SpecNotMounted
 from job.exits import ExitCode
-from job.store import local_path
 
 log = logging.getLogger("job")
 
@@ -30,14 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _work_folder(uri: str) -> Path:
-    """Scratch of a run: the same for every attempt at one place, so that nothing is left behind twice."""
-    path = local_path(uri)
-    name = hashlib.sha256(str(path.resolve() if path else uri).encode()).hexdigest()[:16]
+def _work_folder() -> Path:
+    """Where attempts have their scratch."""
     if os.environ.get(SCRATCH):
-        return Path(os.environ[SCRATCH]) / name
+        return Path(os.environ[SCRATCH])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "tunejob" / name
+    return cache / "tunejob"
 
 
 def _run(arguments: argparse.Namespace) -> ExitCode:
@@ -51,13 +48,21 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
     if not root and arguments.folder is None:
         raise SpecNotMounted(f"nowhere to put the run: set {OUTPUT}, or give --output URI")
     uri = arguments.folder or f"{root.rstrip('/')}/{run_id(spec)}"
-    return supervise(spec, uri, arguments.work or _work_folder(uri), arguments.outcome)
+    return supervise(spec, uri, arguments.work or _work_folder(), arguments.outcome)
+
+
+def _leave_at_once(*_: object) -> None:
+    """Until the supervisor takes over there is nothing to save; as pid 1 a signal without a handler would be lost."""
+    log.error("asked to leave before anything began")
+    os._exit(ExitCode.INTERRUPTED)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs; the code says how it ended (``job.exits``)."""
     from job.announce import setup_logging
 
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _leave_at_once)
     setup_logging()
     arguments = _parser().parse_args(argv)
     try:

@@ -97,14 +97,28 @@ def exact_match(
     wanted = sorted(range(min(count, len(rows))), key=lambda row: len(rows.prompt(row)))
     batches = [wanted[start : start + batch_rows] for start in range(0, len(wanted), batch_rows)]
     right = 0
+    positions = _positions(core)
     with _evaluating(core), attention(core, STOCK_ATTENTION):
         for batch in batches[placement.rank :: placement.world]:
-            answers = _generate(core, rows, batch, tokenizer, end_ids, placement, max_new_tokens)
+            room = positions - max(len(rows.prompt(row)) for row in batch)
+            if room < 1:
+                log.warning(
+                    "%d prompts leave no room for an answer in %d positions: counted as wrong", len(batch), positions
+                )
+                continue
+            limit = min(max_new_tokens, room)
+            answers = _generate(core, rows, batch, tokenizer, end_ids, placement, limit)
             right += sum(answer.strip() == rows.answer(row).strip() for answer, row in zip(answers, batch, strict=True))
     total = torch.tensor(float(right), device=placement.device)
     if placement.world > 1:
         dist.all_reduce(total)
     return float(total) / max(1, len(wanted))
+
+
+def _positions(core: Any) -> int:
+    """Tokens the model can tell apart by position; embeddings of learned positions fail beyond."""
+    found = getattr(core.config, "max_position_embeddings", None) or getattr(core.config, "n_positions", None)
+    return int(found) if found else 1 << 30
 
 
 def _generate(

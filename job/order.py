@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from job.errors import DataInvalid
 from job.spec import Training
 
 Indices = npt.NDArray[np.int64]
@@ -38,6 +39,11 @@ class Order:
             round(float(weight) * int(np.count_nonzero(sources == source)))
             for source, weight in enumerate(self._weights)
         )
+        if not self.rows_per_epoch:
+            raise DataInvalid(
+                f"data.train: {len(sources)} rows with weights {[float(weight) for weight in weights]} come to no row "
+                "per epoch; raise the weight, or leave it out"
+            )
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / self._batch_size)
         self.steps = training.max_steps or max(1, math.ceil(training.epochs * self.steps_per_epoch))
         self._epoch = lru_cache(maxsize=2)(self._shuffled)

@@ -4,8 +4,10 @@ It owns the run in the store, moves the bytes, starts ``prepare``, the worker an
 and decides the exit code. Its phases are those of docs/design.md.
 """
 
+import hashlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -29,7 +31,7 @@ from job.own import Ownership, attempts, claim, record_attempt
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
 from job.status import Status, parse_status
-from job.store import Store, from_json, open_store, probe, to_json
+from job.store import Store, from_json, local_path, open_store, probe, to_json
 from job.workdir import WorkDir
 
 log = logging.getLogger(__name__)
@@ -49,10 +51,10 @@ def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) 
 
     Args:
         uri: the run's own prefix in a store.
-        work: scratch folder of this attempt; emptied at the start, removed at the end.
+        work: folder for scratch; each attempt has one of its own in it, removed at its end.
         outcome: where to leave the code and its sentence for the process that started this one.
     """
-    attempt = Attempt(spec, uri, WorkDir(work))
+    attempt = Attempt(spec, uri, WorkDir(work / f"{_scratch_prefix(uri)}{secrets.token_hex(4)}"))
     with _asked_to_leave(attempt.stop):
         try:
             attempt.run()
@@ -146,7 +148,7 @@ class Attempt:
         if self._log_handler is not None:
             logging.getLogger().removeHandler(self._log_handler)
             self._log_handler.close()
-        if self._ownership is not None and code not in (ExitCode.CRASH, ExitCode.INTERNAL):
+        if code not in (ExitCode.CRASH, ExitCode.INTERNAL):
             shutil.rmtree(self.workdir.root, ignore_errors=True)
 
     # own
@@ -170,6 +172,7 @@ class Attempt:
         manifest = transfer.read_manifest(store)
         if manifest is None:
             return False
+        transfer.verify_manifest(store, manifest)
         self._inputs(store)
         log.info("%s is already complete and its inputs are unchanged; nothing to do", store.uri)
         return True
@@ -205,8 +208,11 @@ class Attempt:
             store.delete(layout.INPUTS)
             store.delete(layout.TRAINING_CONFIG)
         number = self._enter_ledger(store)
-        shutil.rmtree(self.workdir.root, ignore_errors=True)
-        self.workdir.root.mkdir(parents=True)
+        for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
+            # Of attempts that were killed. Nothing reads there any more, whatever an orphan of theirs still writes.
+            if left != self.workdir.root:
+                shutil.rmtree(left, ignore_errors=True)
+        self.workdir.root.mkdir(parents=True, exist_ok=True)
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
         self._fetch_if_there(store, layout.TRAINING_LOG, self.workdir.log)
         self._log_handler = log_to(self.workdir.log)
@@ -363,7 +369,8 @@ class Attempt:
             extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
             transfer.push_checkpoint(store, folder, state["step"], self._ownership.generation, extra)
             self._pushed.add(folder.name)
-            self._status = replace(self._status, committed=state["step"], step=state["step"])
+            newest = max(state["step"], self._status.committed)
+            self._status = replace(self._status, committed=newest, step=max(newest, self._status.step))
             self._push_metrics(store)
             log.info("committed the checkpoint of step %d", state["step"])
             transfer.prune(store, self.spec.checkpoints.keep, _best(store))
@@ -451,6 +458,12 @@ def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
         act(*arguments)
     except (JobError, OSError) as error:
         log.warning("could not leave word of the end: %s", error)
+
+
+def _scratch_prefix(uri: str) -> str:
+    """Begins the name of every scratch folder of one run."""
+    path = local_path(uri)
+    return hashlib.sha256(str(path.resolve() if path else uri).encode()).hexdigest()[:16] + "-"
 
 
 def _template_file(spec: JobSpec) -> list[Input]:

@@ -56,6 +56,8 @@ class Worker:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     last_word: float = 0.0
+    resumed_tokens: int = 0
+    """Tokens that earlier attempts trained on."""
 
     @property
     def is_first(self) -> bool:
@@ -97,11 +99,12 @@ def run(workdir: WorkDir) -> ExitCode:
     spec = read(workdir.spec)
     placement = place(spec)
     worker = Worker(workdir, spec, placement, prepared.load(workdir.prepared))
+    order = _order(worker)  # what it refuses should not wait for the base
     with worker.phase("load"):
         base = load_base(read_inputs(workdir.inputs).model.path, spec, placement)
         model = add_adapter(base, spec, placement)
         base_biases = evaluate.trained_biases(model)
-        loop, choice = _ready(worker, model)
+        loop, choice = _ready(worker, model, order)
     with worker.phase("train"):
         finished = _train(worker, loop, choice)
     if not finished:
@@ -115,13 +118,15 @@ def run(workdir: WorkDir) -> ExitCode:
     return ExitCode.OK
 
 
-def _ready(worker: Worker, model: PeftModel) -> tuple[Loop, dict[str, str]]:
+def _order(worker: Worker) -> Order:
+    weights = [source.weight for source in worker.spec.data.train]
+    return Order(worker.data.train.sources, weights, worker.spec.training, str(worker.data.info["digest"]))
+
+
+def _ready(worker: Worker, model: PeftModel, order: Order) -> tuple[Loop, dict[str, str]]:
     """The loop, at step 0 or where the checkpoint to resume from stands, and its kernel's record."""
     spec, placement, data = worker.spec, worker.placement, worker.data
     optimizer = make_optimizer(model, spec.training)
-    order = Order(
-        data.train.sources, [source.weight for source in spec.data.train], spec.training, str(data.info["digest"])
-    )
     state = _accepted(worker)
     choice = _kernel(worker, model, order, state)
     loop = Loop(model, optimizer, data.train, order, spec.training, choice.kernel, placement)
@@ -129,6 +134,7 @@ def _ready(worker: Worker, model: PeftModel) -> tuple[Loop, dict[str, str]]:
         checkpoint.restore(worker.workdir.resume, model, optimizer)
         loop.scaler.load_state_dict(state.scaler)
         loop.progress = Progress(step=state.step, tokens=state.tokens)
+        worker.resumed_tokens = state.tokens
         log.info("resuming after step %d of %d", state.step, order.steps)
     _cut_metrics(worker, loop.progress.step)
     return loop, choice.record()
@@ -304,12 +310,14 @@ def _write_probe(worker: Worker, model: PeftModel) -> None:
 
 def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> None:
     placement = worker.placement
+    here = loop.progress.tokens - worker.resumed_tokens
     write_json(
         worker.workdir.performance,
         {
             "phases": {name: round(seconds, 3) for name, seconds in worker.seconds.items()},
             "steps": loop.order.steps,
             "tokens": loop.progress.tokens,
+            "tokens_per_second": round(here / worker.seconds["train"], 1) if here else None,
             "peak_memory_bytes": {"load": worker.peaks["load"], "train": worker.peaks["train"]},
             "device": placement.device.type,
             "ranks": placement.world,

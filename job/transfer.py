@@ -147,7 +147,8 @@ def fingerprint(
         name, path, extra = file
         with translated(f"{name}: cannot be read", path):
             status = path.stat()
-            etag, before = etag_of(status), known.get(name, {})
+            # The time of change besides: the time of writing can be set back, as cp -p and rsync -t do.
+            etag, before = f"{etag_of(status)}-{status.st_ctime_ns}", known.get(name, {})
             sha256 = before.get("sha256") if before.get("etag") == etag else None
             return {"name": name, "size": status.st_size, "etag": etag, "sha256": sha256 or sha256_of(path), **extra}
 

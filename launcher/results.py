@@ -47,10 +47,8 @@ class Results:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens trained per second of training."""
-        tokens, seconds = self.figure("performance.tokens"), self.figure("performance.train_seconds")
-        given = self.figure("performance.tokens_per_second")
-        return given if given is not None or not tokens or not seconds else tokens / seconds
+        """Tokens trained per second of training, in the attempt that finished; None if nothing was left to train."""
+        return self.figure("performance.tokens_per_second")
 
 
 def load(uri: str) -> Results:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ class Run:
     def attempt(self) -> tuple[int, str]:
         """An attempt to its end: exit code and everything it said."""
         return ended(self.start())
+
+    def progress(self) -> dict[str, Any]:
+        """The worker's latest word; empty while it has said none."""
+        for path in self.scratch.glob("*/progress.json"):
+            with suppress(FileNotFoundError):
+                record: dict[str, Any] = read_json(path)
+                return record
+        return {}
 
     def result(self) -> dict[str, Any]:
         """eval_results.json."""

@@ -114,3 +114,14 @@ def test_t7_a_tuned_model_ends_its_answers_although_padding_and_end_are_one_toke
     core = model.get_base_model()
     assert exact_match(core, rows, tokenizer, [end], CPU, count=3, max_new_tokens=8) == 1.0
     assert exact_match(core, rows, tokenizer, [end], CPU, count=3, max_new_tokens=8, batch_rows=1) == 1.0
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(tiny_gpt2: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    core = made_model(tiny_gpt2, made_spec()).get_base_model()  # 256 positions
+    rows = rows_of([[7, 8, 9]] * 2, [[False, False, True]] * 2, [[7] * 250, [7] * 256], ["x", "x"])
+    for batch_rows in (1, 2):
+        share = exact_match(core, rows, tokenizer, [0], CPU, count=2, max_new_tokens=64, batch_rows=batch_rows)
+        assert share == 0.0

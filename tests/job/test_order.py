@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from job.errors import DataInvalid
 from job.order import Order, micro_batches, share
 from job.spec import Training
 
@@ -50,6 +51,11 @@ def test_weights_are_copies_per_epoch() -> None:
 )
 def test_steps_in_all(training: dict[str, float], steps: int) -> None:
     assert order_of(100, batch_size=10, **training).steps == steps
+
+
+def test_weights_that_come_to_no_row_are_refused() -> None:
+    with pytest.raises(DataInvalid, match="come to no row"):
+        order_of(10, weights=[0.01])
 
 
 @pytest.mark.parametrize("padded", [False, True])

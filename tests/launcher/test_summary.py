@@ -89,7 +89,7 @@ def test_runs_are_compared_as_on_the_first_users_page() -> None:
     four_bit = record(
         method="qlora",
         run="big-11112222",
-        performance__tokens_per_second=None,
+        performance__tokens_per_second=312.4,
         performance__peak_memory_bytes__train=600 << 20,
         performance__peak_memory_bytes__load=300 << 20,
         evaluation__tuned__exact_match=None,
