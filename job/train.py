@@ -175,6 +175,7 @@ def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:
         False if a stop was asked for before the last step.
     """
     checkpoints = worker.spec.checkpoints
+    _catch_up(worker, loop)
     metrics = _Metrics(worker, loop.progress.tokens)
     saved_at, saved_step = time.monotonic(), loop.progress.step
     for progress in loop.run(worker.stop_asked):
@@ -192,6 +193,13 @@ def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:
     if loop.progress.step == 0 or saved_step != loop.order.steps:
         raise InternalError("the training ended without a checkpoint of its last step")
     return True
+
+
+def _catch_up(worker: Worker, loop: Loop) -> None:
+    """Makes up for the evaluation that the request to leave cut off at the step resumed from."""
+    resume = worker.workdir.resume
+    if resume.exists() and checkpoint.read_state(resume).eval_loss is None:
+        _evaluate_on_the_way(worker, loop, last=loop.progress.step == loop.order.steps)
 
 
 def _evaluate_on_the_way(worker: Worker, loop: Loop, last: bool) -> tuple[float | None, bool]:
