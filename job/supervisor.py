@@ -144,6 +144,7 @@ class Attempt:
             self._status = replace(self._status, exit_code=int(code), message=message)
             for act in (self._tell_status, self._record_attempt, self._push_log):
                 _best_effort(act, self._store)
+            self._sweep_scratch()
             _best_effort(self._ownership.release, code.name)
         if self._log_handler is not None:
             logging.getLogger().removeHandler(self._log_handler)
@@ -208,10 +209,7 @@ class Attempt:
             store.delete(layout.INPUTS)
             store.delete(layout.TRAINING_CONFIG)
         number = self._enter_ledger(store)
-        for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
-            # Of attempts that were killed. Nothing reads there any more, whatever an orphan of theirs still writes.
-            if left != self.workdir.root:
-                shutil.rmtree(left, ignore_errors=True)
+        self._sweep_scratch()
         self.workdir.root.mkdir(parents=True, exist_ok=True)
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
         self._fetch_if_there(store, layout.TRAINING_LOG, self.workdir.log)
@@ -219,6 +217,12 @@ class Attempt:
         log.info("run %s, attempt %d: %s of %s", self._status.run, number, self.spec.method, self.spec.model.name)
         if store.read(layout.TRAINING_CONFIG) is None:
             store.write(layout.TRAINING_CONFIG, dump(self.spec).encode(), if_absent=True)
+
+    def _sweep_scratch(self) -> None:
+        """Removes what attempts that were killed left. Nobody reads it, whatever an orphan of theirs still writes."""
+        for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
+            if left != self.workdir.root:
+                shutil.rmtree(left, ignore_errors=True)
 
     def _enter_ledger(self, store: Store) -> int:
         """This attempt's number, once the ledger has it and what an attempt that vanished left to be said.
@@ -367,11 +371,12 @@ class Attempt:
             self._ownership.check()
             state = read_json(folder / layout.CHECKPOINT_STATE)
             extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
+            # Before the marker: who resumes from it must find the lines of every step that led to it.
+            self._push_metrics(store)
             transfer.push_checkpoint(store, folder, state["step"], self._ownership.generation, extra)
             self._pushed.add(folder.name)
             newest = max(state["step"], self._status.committed)
             self._status = replace(self._status, committed=newest, step=max(newest, self._status.step))
-            self._push_metrics(store)
             log.info("committed the checkpoint of step %d", state["step"])
             transfer.prune(store, self.spec.checkpoints.keep, _best(store))
             shutil.rmtree(folder, ignore_errors=True)
