@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 # The machine's cores are shared by the test processes; each has one thread.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help set-up run test test-slow check format docs clean
+.PHONY: help set-up run test test-slow test-others check format docs clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

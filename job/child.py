@@ -1,14 +1,16 @@
 """What every process started by the supervisor does first: quiet libraries, plain log lines, no life of its own."""
 
+import json
 import logging
 import os
 import sys
 import threading
 import time
-from pathlib import Path
+
+from job.process import Identity, is_gone
 
 SUPERVISOR = "TUNEJOB_SUPERVISOR"
-"""Environment variable: process id of the supervisor."""
+"""Environment variable: which process the supervisor is (``job.process.Identity`` as JSON)."""
 
 
 def setup_child() -> None:
@@ -16,24 +18,14 @@ def setup_child() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "transformers", "httpx", "filelock", "peft", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    parent = os.environ.get(SUPERVISOR, "")
-    if parent.isdigit():
-        threading.Thread(target=_leave_with, args=(int(parent),), daemon=True, name="supervisor-watch").start()
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor:
+        identity = Identity(**json.loads(supervisor))
+        threading.Thread(target=_leave_with, args=(identity,), daemon=True, name="supervisor-watch").start()
 
 
-def _leave_with(supervisor: int) -> None:
+def _leave_with(supervisor: Identity) -> None:
     """A worker whose supervisor was killed must not train on unseen; accelerate between them passes nothing on."""
-    born = _birth(supervisor)
-    while born is not None and _birth(supervisor) == born:
+    while not is_gone(supervisor):
         time.sleep(0.5)
     os._exit(1)
-
-
-def _birth(pid: int) -> str | None:
-    """When a living process started, in clock ticks since boot; None if it is gone, or dead and not yet reaped."""
-    try:
-        # proc(5): the name, in parentheses, may hold blanks; after it come the state and, 19 fields on, the start.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in ("Z", "X") else fields[18]

@@ -4,6 +4,7 @@
 by file, and its ranks report by file (``job.outcome``).
 """
 
+import json
 import logging
 import os
 import signal
@@ -13,9 +14,11 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from job.child import SUPERVISOR
+from job.process import this_process
 from job.workdir import WorkDir
 
 log = logging.getLogger(__name__)
@@ -118,7 +121,7 @@ def _environment(workdir: Path, **extra: str) -> dict[str, str]:
         # A checkout that is not installed; the children do not look into the working directory.
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     # Not -P: accelerate drops it when it starts the ranks. A file torch.py in the working directory must not win.
-    return _UNLESS_SET | kept | _QUIET | {"PYTHONSAFEPATH": "1", SUPERVISOR: str(os.getpid())} | extra
+    return _UNLESS_SET | kept | _QUIET | {"PYTHONSAFEPATH": "1", SUPERVISOR: json.dumps(asdict(this_process()))} | extra
 
 
 def python_child(module: str, workdir: Path, on_line: Callable[[str], None]) -> Child:

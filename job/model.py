@@ -5,8 +5,6 @@ import json
 import logging
 import pickle
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from job.device import DTYPES, Placement
 from job.errors import IntegrityFailure, SpecInvalid
-from job.failures import as_torch_failure
 from job.layout import ADAPTER_SAFETENSORS, QUANTIZATION_CONFIG
 from job.spec import JobSpec
 
@@ -34,8 +31,7 @@ def check_targets(folder: Path, spec: JobSpec) -> None:
         SpecInvalid: `lora.target_modules` or `lora.modules_to_save` names something the model does not have; the
             message lists what there is.
     """
-    with _understood(spec.model.name):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = _config(folder, spec.model.name)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     modules = dict(model.named_modules())
@@ -68,24 +64,13 @@ def quantization_config(spec: JobSpec, precision: torch.dtype) -> BitsAndBytesCo
     )
 
 
-@contextmanager
-def _understood(name: str) -> Iterator[None]:
+def _config(folder: Path, name: str) -> Any:
+    """The model's config. Raises SpecInvalid where transformers knows no such model."""
     try:
-        yield
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError) as error:
-        raise _as_model_failure(error, name) from error
-
-
-def _as_model_failure(error: Exception, name: str) -> Exception:
-    """What a model folder that transformers cannot make a model of means for the user; memory is not its fault."""
-    if as_torch_failure(error) is not None:
-        return error
-    words = " ".join(str(error).split())[:200]
-    if "ignore_mismatched_sizes" in words or "size mismatch" in words or isinstance(error, RuntimeError):
-        return IntegrityFailure(
-            f"model {name}: its weights do not fit its config.json ({words}); fetch the model again"
-        )
-    return SpecInvalid(f"model {name}: transformers makes no causal language model of its config.json ({words})")
+        words = " ".join(str(error).split())[:200]
+        raise SpecInvalid(f"model {name}: transformers does not know what config.json describes ({words})") from error
 
 
 def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
@@ -95,6 +80,7 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
         SpecInvalid: pickled weights that torch's restricted unpickler refuses.
         IntegrityFailure: weights that cannot be read, or do not fit the model's config.
     """
+    _config(folder, spec.model.name)
     quantization = quantization_config(spec, placement.precision)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -112,8 +98,13 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
             f"model {spec.model.name}: its pickled weights are refused by torch's restricted unpickler "
             f"({str(error).splitlines()[0]}); convert them to safetensors"
         ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise _as_model_failure(error, spec.model.name) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # transformers' word for weights of another shape
+            raise
+        raise IntegrityFailure(
+            f"model {spec.model.name}: its weights do not fit its config.json (tensors of another shape); "
+            "fetch the model again"
+        ) from error
     missing = sorted(found["missing_keys"]) + [str(key) for key in found["mismatched_keys"]]
     if missing:
         raise IntegrityFailure(
@@ -134,10 +125,9 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
 
 def _let_go_of_the_file(model: nn.Module) -> None:
     """Copies what was not quantised: one tensor that is still a view of the mapped weight file keeps all of it here."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.clone()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
     gc.collect()
 
 

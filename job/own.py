@@ -4,7 +4,6 @@
 process is asked for, from elsewhere its heartbeat is watched by the newcomer's own clock.
 """
 
-import errno
 import logging
 import os
 import secrets
@@ -13,12 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from job.errors import Conflict, Fenced, IntegrityFailure, JobError, TemporaryFailure
-from job.layout import ATTEMPTS, OWNER, attempt_key
+from job.layout import OWNER
+from job.process import Identity, Life, life_of, this_process
 from job.store import PreconditionFailed, Store, from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -30,28 +28,6 @@ LEASE_HEARTBEATS = 3
 LOOKS_PER_HEARTBEAT = 4
 TRIES = 8
 """Lost races for one takeover before giving up; every one of them had a winner."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which process an owner is; enough to ask this machine whether it still runs."""
-
-    pid: int
-    host: str
-    boot_id: str | None = None
-    """Of the machine's kernel since it started; None where the system has no such thing."""
-    pid_namespace: str | None = None
-    start_ticks: int | None = None
-    """When the process started, in clock ticks since boot: process numbers are used again."""
-
-
-class Life(Enum):
-    """What this machine knows about a process."""
-
-    ALIVE = "alive"
-    DEAD = "dead"
-    UNKNOWN = "unknown"
-    """It is, or was, somewhere this process cannot see."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +52,6 @@ class Owner:
     def record(self) -> dict[str, Any]:
         """As it stands in JSON."""
         return asdict(self)
-
-
-def this_process() -> Identity:
-    """Who is asking."""
-    return Identity(
-        pid=os.getpid(),
-        host=os.uname().nodename,
-        boot_id=_boot_id(),
-        pid_namespace=_pid_namespace(),
-        start_ticks=_start_ticks(os.getpid()),
-    )
-
-
-def life_of(identity: Identity) -> Life:
-    """Whether a process of this machine and pid namespace still runs."""
-    if identity.boot_id is None or identity.pid_namespace is None or identity.start_ticks is None:
-        return Life.UNKNOWN
-    if (identity.boot_id, identity.pid_namespace) != (_boot_id(), _pid_namespace()):
-        return Life.UNKNOWN
-    ticks = _start_ticks(identity.pid)
-    if ticks is not None:
-        return Life.ALIVE if ticks == identity.start_ticks else Life.DEAD
-    return Life.UNKNOWN if _hidden(identity.pid) else Life.DEAD
 
 
 def heartbeat_seconds() -> float:
@@ -241,7 +194,7 @@ def claim(
     *,
     interval_seconds: float | None = None,
     heartbeat: bool = True,
-    any_spec: bool = False,
+    is_free_of_specs: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ownership:
@@ -251,7 +204,7 @@ def claim(
         spec_digest: of the spec; a run belongs to one.
         identity: left out: this process.
         interval_seconds: between two heartbeats; left out: ``heartbeat_seconds()``.
-        any_spec: nothing was committed, so a run of another spec that has ended may be replaced.
+        is_free_of_specs: asked where the owner has another spec; True where nothing was committed that it could spoil.
         heartbeat: False leaves the heartbeat to ``start`` or ``check``.
 
     Raises:
@@ -264,7 +217,10 @@ def claim(
     for _ in range(TRIES):
         found = read_owner(store)
         if found is not None:
-            found = _once_free(store, found, None if any_spec else spec_digest, interval, clock, sleep)
+            _require_spec(store, found[0], spec_digest, is_free_of_specs)
+            found = _once_free(store, found, interval, clock, sleep)
+        if found is not None:  # once more: the owner may have committed while it was watched
+            _require_spec(store, found[0], spec_digest, is_free_of_specs)
         generation = found[0].generation + 1 if found else 1
         started = datetime.now(UTC).isoformat(timespec="seconds")
         owner = Owner(spec_digest, generation, nonce, me, started, interval)
@@ -286,10 +242,18 @@ def _take(store: Store, owner: Owner, etag: str | None) -> str | None:
         return found[1] if found is not None and found[0].nonce == owner.nonce else None
 
 
+def _require_spec(store: Store, owner: Owner, spec_digest: str, is_free_of_specs: Callable[[], bool]) -> None:
+    """Raises Conflict where the run belongs to another spec."""
+    if owner.spec != spec_digest and not is_free_of_specs():
+        raise Conflict(
+            f"{store.uri}: belongs to another spec (digest {owner.spec[:12]}, this one is {spec_digest[:12]}); "
+            "name another output, or another run"
+        )
+
+
 def _once_free(
     store: Store,
     found: tuple[Owner, str],
-    spec_digest: str | None,
     interval: float,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
@@ -297,14 +261,9 @@ def _once_free(
     """The record that may be replaced: its owner ended, is dead, or stands still. None if it was deleted meanwhile.
 
     Raises:
-        Conflict, Fenced: see ``claim``.
+        Fenced: it lives.
     """
     owner, etag = found
-    if spec_digest is not None and owner.spec != spec_digest:
-        raise Conflict(
-            f"{store.uri}: belongs to another spec (digest {owner.spec[:12]}, this one is {spec_digest[:12]}); "
-            "name another output, or another run"
-        )
     if owner.ended is not None:
         return found
     life = life_of(owner.identity)
@@ -330,65 +289,5 @@ def _once_free(
     return found
 
 
-def record_attempt(store: Store, number: int, record: dict[str, Any]) -> None:
-    """Writes one attempt's line of the ledger (numbered from 1), replacing an earlier one of that number."""
-    store.write(attempt_key(number), to_json(record))
-
-
-def attempts(store: Store) -> list[dict[str, Any]]:
-    """The ledger, oldest attempt first. A record that cannot be understood is left out with a warning."""
-    records = []
-    for entry in store.list(ATTEMPTS):
-        found = store.read(entry.key)
-        try:
-            if found is not None:
-                records.append(from_json(found[0], f"{store.uri}/{entry.key}"))
-        except IntegrityFailure as error:
-            log.warning("%s; left out of the ledger", error)
-    return records
-
-
 def _words_for(owner: Owner) -> str:
     return f"process {owner.identity.pid} on {owner.identity.host} since {owner.started}"
-
-
-def _boot_id() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-
-
-def _pid_namespace() -> str | None:
-    try:
-        # A /proc mounted for another namespace counts processes otherwise than the kernel does for us.
-        is_ours = os.readlink("/proc/self") == str(os.getpid())
-        return os.readlink("/proc/self/ns/pid") if is_ours else None
-    except OSError:
-        return None
-
-
-def _stat_fields(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on; None if it cannot be read."""
-    try:
-        # The name in parentheses may itself hold spaces and parentheses.
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process started, in ticks since boot; None if there is none to be seen, or only its zombie."""
-    fields = _stat_fields(pid)
-    return None if fields is None or fields[0] in "ZX" else int(fields[19])
-
-
-def _hidden(pid: int) -> bool:
-    """Whether a process runs that /proc does not show us (hidepid)."""
-    if _stat_fields(pid) is not None:
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True

@@ -26,11 +26,12 @@ from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobErr
 from job.exits import ExitCode
 from job.files import read_json, write_json
 from job.inputs import Input, Inputs
+from job.ledger import attempts, complete, record_attempt, seconds_spent
 from job.outcome import as_foreseen, cause, recorded
-from job.own import Ownership, attempts, claim, record_attempt
+from job.own import Ownership, claim
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
-from job.status import Status, parse_status
+from job.status import Status
 from job.store import Store, from_json, local_path, open_store, probe, to_json
 from job.workdir import WorkDir
 
@@ -202,10 +203,9 @@ class Attempt:
         return inputs
 
     def _own(self, store: Store) -> None:
-        is_fresh = not self._holds_something(store)
-        self._ownership = claim(store, digest(self.spec), any_spec=is_fresh)
+        self._ownership = claim(store, digest(self.spec), is_free_of_specs=lambda: not self._holds_something(store))
         store.sweep("")
-        if is_fresh:
+        if not self._holds_something(store):
             store.delete(layout.INPUTS)
             store.delete(layout.TRAINING_CONFIG)
         number = self._enter_ledger(store)
@@ -231,14 +231,9 @@ class Attempt:
             BudgetSpent: earlier attempts used up `resources.budget`.
         """
         ledger = attempts(store)
-        if ledger and ledger[-1]["exit_code"] is None:
-            found = store.read(layout.STATUS)
-            last = parse_status(found[0]) if found else None
-            if last is not None and last.attempt == ledger[-1]["attempt"]:
-                ledger[-1] |= {"seconds": round(last.elapsed, 3), "committed": last.committed, "message": "vanished"}
-                record_attempt(store, last.attempt, ledger[-1])
+        complete(store, ledger)
         if self.spec.resources.budget_hours is not None:
-            self._budget_left = self.spec.resources.budget_hours * 3600 - sum(one["seconds"] for one in ledger)
+            self._budget_left = self.spec.resources.budget_hours * 3600 - seconds_spent(ledger)
         self._status = replace(self._status, attempt=len(ledger) + 1)
         self._record_attempt(store)
         self._require_budget()
@@ -303,7 +298,7 @@ class Attempt:
         finally:
             child.end(3.0)
         self._tick(store)
-        self._settle(processes, code, store)
+        self._settle(processes, code)
 
     def _kept(self) -> str:
         if not self._status.committed:
@@ -316,7 +311,7 @@ class Attempt:
         if self._phase_now() == "train":
             self.workdir.stop.touch()
 
-    def _settle(self, processes: list[str], code: int | None, store: Store) -> None:
+    def _settle(self, processes: list[str], code: int | None) -> None:
         """Raises how a group of processes ended: a real cause, then a request to leave, then a vanished one.
 
         A rank that lost its peers, or was ended with them, is none of the first: torchrun ends the healthy ranks when
@@ -327,7 +322,6 @@ class Attempt:
         if failure is not None and not isinstance(failure, TemporaryFailure):
             raise failure
         if self.stop.is_set():
-            self._commit_sealed(store)
             raise Interrupted(f"asked to leave; {self._kept()}")
         self._require_budget()
         silent = [process for process, outcome in outcomes.items() if outcome is None]

@@ -11,14 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 TORCH_SIDE = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy"}
-STORE_SIDE = {"job.store", "job.transfer", "job.own", "job.basemodel", "job.hub", "job.supervisor", "job.announce"}
+STORE_SIDE = {
+    "job.store",
+    "job.transfer",
+    "job.own",
+    "job.ledger",
+    "job.basemodel",
+    "job.hub",
+    "job.supervisor",
+    "job.announce",
+}
 
 AGREEMENT = {"job.spec", "job.strict_yaml", "job.exits", "job.layout", "job.status", "job.errors"}
 """What the launcher shares with the container."""
 READERS = {"launcher.results", "launcher.folders"}
 """Modules of the launcher that look at what runs left behind, and so may open a store."""
 
-SUPERVISOR = {"job.__main__", "job.run", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
+SUPERVISOR = {"job.__main__", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
 WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verify", "job.model", "job.loop"}
 
 ONLY = {"boto3": {"job.store"}, "botocore": {"job.store"}, "yaml": {"job.strict_yaml"}, "pytest": set[str]()}

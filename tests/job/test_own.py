@@ -12,21 +12,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import Conflict, Fenced, IntegrityFailure, TemporaryFailure
-from job.layout import OWNER, attempt_key
-from job.own import (
-    HEARTBEAT_VARIABLE,
-    Identity,
-    Life,
-    Owner,
-    Ownership,
-    attempts,
-    claim,
-    heartbeat_seconds,
-    life_of,
-    read_owner,
-    record_attempt,
-    this_process,
-)
+from job.layout import OWNER
+from job.own import HEARTBEAT_VARIABLE, Owner, Ownership, claim, heartbeat_seconds, read_owner
+from job.process import Identity, Life, life_of, this_process
 from job.store import DirectoryStore, PreconditionFailed, to_json
 
 REPOSITORY = Path(__file__).parents[2]
@@ -78,6 +66,28 @@ def test_another_spec_is_a_conflict_even_when_the_owner_ended(store: DirectorySt
     claimed(store).release("ok")
     with pytest.raises(Conflict, match="another spec"):
         claimed(store, spec="spec-2")
+
+
+def test_a_run_where_nothing_was_committed_may_become_another_spec_s(store: DirectoryStore) -> None:
+    claimed(store).release("CONFIG")
+    new = claim(store, "spec-2", heartbeat=False, is_free_of_specs=lambda: True)
+    assert (new.generation, owner_of(store).spec) == (2, "spec-2")
+
+
+def test_what_is_committed_while_the_owner_is_watched_keeps_its_spec(store: DirectoryStore) -> None:
+    claimed(store, identity=ELSEWHERE)
+    time = Time()
+    with pytest.raises(Conflict, match="another spec"):
+        claim(
+            store,
+            "spec-2",
+            interval_seconds=20,
+            heartbeat=False,
+            is_free_of_specs=lambda: time.now < 30,  # the owner commits after half a minute, and then falls silent
+            clock=time.clock,
+            sleep=time.sleep,
+        )
+    assert owner_of(store).spec == "spec-1"
 
 
 def test_a_living_owner_of_this_machine_is_refused_at_once_and_named(store: DirectoryStore) -> None:
@@ -312,16 +322,3 @@ def test_keys_of_a_newer_version_are_ignored(store: DirectoryStore) -> None:
 def test_the_interval_comes_from_the_environment(text: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEARTBEAT_VARIABLE, text)
     assert heartbeat_seconds() == seconds
-
-
-def test_the_ledger_is_read_in_order_without_what_cannot_be_understood(store: DirectoryStore) -> None:
-    for number in (10, 2, 1):
-        record_attempt(store, number, {"attempt": number, "exit_code": 143})
-    store.write(attempt_key(3), b"{half")
-    assert [record["attempt"] for record in attempts(store)] == [1, 2, 10]
-
-
-def test_an_attempt_is_recorded_again_when_it_ends(store: DirectoryStore) -> None:
-    record_attempt(store, 1, {"exit_code": None})
-    record_attempt(store, 1, {"exit_code": 0})
-    assert attempts(store) == [{"exit_code": 0}]
