@@ -4,10 +4,9 @@ import argparse
 import logging
 import os
 import signal
-import sys
 from pathlib import Path
 
-from job.errors import JobError, SpecNotMounted
+from job.errors import DiskFailure, JobError, SpecNotMounted
 from job.exits import ExitCode
 
 log = logging.getLogger("job")
@@ -57,6 +56,34 @@ def _leave_at_once(*_: object) -> None:
     os._exit(ExitCode.INTERRUPTED)
 
 
+def _make_folders() -> None:
+    """In a container the folders that libraries write to lie on the scratch volume, which comes empty.
+
+    Raises:
+        DiskFailure: it cannot be written.
+    """
+    scratch = os.environ.get(SCRATCH)
+    if scratch:
+        for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+            folder = Path(os.environ.get(name) or "/")
+            if folder.is_relative_to(scratch):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise DiskFailure(
+                        f"{SCRATCH}={scratch}: cannot be written ({error.strerror}); check the volume's "
+                        "mount and its fsGroup"
+                    ) from error
+
+
+def _say_why(code: ExitCode, message: str) -> None:
+    """The last word of an attempt that never began."""
+    from job.announce import leave_word
+    from job.status import Status
+
+    leave_word(Status(run="", attempt=0, phase="preflight", exit_code=int(code), message=message), None, 0.0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs; the code says how it ended (``job.exits``)."""
     from job.announce import setup_logging
@@ -66,11 +93,20 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     arguments = _parser().parse_args(argv)
     try:
+        _make_folders()
         return _run(arguments)
     except JobError as error:
         log.error("%s", error)
+        _say_why(error.exit_code, str(error))
         return error.exit_code
+    except Exception as error:
+        log.exception("a failure nobody foresaw; please report it")
+        _say_why(ExitCode.CRASH, f"{type(error).__name__}: {error}")
+        return ExitCode.CRASH
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    # Not sys.exit: threads that still wait for a store that does not answer would hold us up.
+    os._exit(code)

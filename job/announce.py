@@ -1,22 +1,45 @@
-"""What the supervisor says while it works: log lines, a progress bar on a terminal, the human log of the run."""
+"""What the supervisor says while it works: log lines, progress, the human log of the run, its last word to the pod."""
 
+import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from job.exits import ExitCode
+from job.status import Status
+
 log = logging.getLogger(__name__)
+
+LOG_FORMAT = "TUNEJOB_LOG"
+"""Environment variable: `json` for lines of JSON on stdout that tell the progress; else it is told to people."""
+TERMINATION_LOG = Path("/dev/termination-log")
+"""Where Kubernetes takes a container's last word from."""
+TERMINATION_BYTES = 4096
 
 _EVERY_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
+_JSON_SECONDS = 5.0
+_PROGRESS = {"is_progress": True}
+
+
+def speaks_json() -> bool:
+    """Whether progress is told to machines."""
+    return os.environ.get(LOG_FORMAT) == "json"
 
 
 def setup_logging() -> None:
     """Lines to stderr; called once, by the entrypoint."""
+    logging.raiseExceptions = False  # nobody reading stderr is no reason to stop
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if speaks_json():
+        handler.addFilter(lambda record: not getattr(record, "is_progress", False))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -29,37 +52,98 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
+def leave_word(status: Status, manifest_sha256: str | None, seconds: float, path: Path = TERMINATION_LOG) -> None:
+    """Writes the attempt's last word where the kubelet reads it: one line of JSON, at most 4 KiB. Nothing elsewhere.
+
+    Args:
+        status: the last one, with its exit code.
+        manifest_sha256: digest of the published manifest, if there is one.
+        seconds: the attempt lasted.
+    """
+    code = ExitCode(status.exit_code or 0)
+    word = {
+        "run": status.run,
+        "attempt": status.attempt,
+        "code": int(code),
+        "name": code.name,
+        "phase": status.phase,
+        "step": status.step,
+        "steps": status.steps,
+        "committed": status.committed,
+        "manifest_sha256": manifest_sha256,
+        "seconds": round(seconds, 1),
+        "message": status.message,
+    }
+    line = _line(word)
+    while len(line) > TERMINATION_BYTES:
+        word["message"] = str(word["message"])[: -max(1, (len(line) - TERMINATION_BYTES) // 6) - 1] + "…"
+        line = _line(word)
+    with suppress(OSError):
+        if path.exists():
+            path.write_bytes(line)
+
+
+def _line(word: Mapping[str, Any]) -> bytes:
+    return (json.dumps(word, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+
+
 class Announcer:
     """Shows progress: a bar on a terminal, else a line every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: Callable[[], Status]) -> None:
+        """
+        Args:
+            status: the run's, as it is now.
+        """
+        self._status = status
         self._bar: Any = None
         self._task: Any = None
         self._said_at = 0.0
         self._said: tuple[Any, ...] = ()
+        self._json_at = 0.0
+        self._json_said: tuple[Any, ...] = ()
         self._stderr_handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
 
+    def phase(self, name: str) -> None:
+        """Takes a phase of the supervisor's own."""
+        self._say_json({"phase": name})
+
     def progress(self, word: Mapping[str, Any]) -> None:
-        """Takes the worker's latest word: phase, and in training step, steps, loss and tokens_per_second."""
+        """Takes the latest word: phase; in training step, steps, loss and tokens_per_second; in pulling bytes, of."""
+        self._say_json(word)
+        if word.get("phase") == "pull":
+            return
         if word.get("phase") != "train" or not word.get("steps"):
             self._phase(word)
-        elif sys.stderr.isatty():
+        elif sys.stderr.isatty() and not speaks_json():
             self._show_bar(word)
         elif time.monotonic() - self._said_at >= _EVERY_SECONDS or word["step"] == word["steps"]:
             self._say(word)
+
+    def _say_json(self, word: Mapping[str, Any]) -> None:
+        """One line when the phase is another, when training is over, and every few seconds."""
+        key = (word.get("phase"), word.get("what"), bool(word.get("steps")) and word.get("step") == word.get("steps"))
+        if not speaks_json() or (key == self._json_said and time.monotonic() - self._json_at < _JSON_SECONDS):
+            return
+        self._json_said, self._json_at = key, time.monotonic()
+        status = asdict(self._status())
+        known = {name: status[name] for name in ("run", "attempt", "step", "steps", "loss", "committed", "memory")}
+        with suppress(OSError, ValueError):  # nobody reads stdout, or it is closed
+            sys.stdout.buffer.write(_line(known | dict(word)))
+            sys.stdout.buffer.flush()
 
     def _phase(self, word: Mapping[str, Any]) -> None:
         self.close()
         key = (word.get("phase"), word.get("what"))
         if key != self._said:
             self._said = key
-            log.info("phase: %s", " ".join(str(part) for part in key if part))
+            log.info("phase: %s", " ".join(str(part) for part in key if part), extra=_PROGRESS)
 
     def _say(self, word: Mapping[str, Any]) -> None:
         key = ("step", word["step"])
         if key != self._said:
             self._said, self._said_at = key, time.monotonic()
-            log.info("step %d of %d, %s", word["step"], word["steps"], _figures(word))
+            log.info("step %d of %d, %s", word["step"], word["steps"], _figures(word), extra=_PROGRESS)
 
     def _show_bar(self, word: Mapping[str, Any]) -> None:
         if self._bar is None:

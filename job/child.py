@@ -1,8 +1,10 @@
 """What every process started by the supervisor does first: quiet libraries, plain log lines, no life of its own."""
 
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ def setup_child() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "transformers", "httpx", "filelock", "peft", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the supervisor asks where a silent worker stands
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor:
         identity = Identity(**json.loads(supervisor))

@@ -89,10 +89,28 @@ class DeviceOutOfMemory(JobError):
     exit_code = ExitCode.OOM
 
 
+class Hung(JobError):
+    """No progress within the limit; the stacks are in the log."""
+
+    exit_code = ExitCode.HANG
+
+
 class Diverged(JobError):
     """Loss or gradient is NaN or infinite."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class NoProgress(JobError):
+    """Attempt after attempt committed nothing new."""
+
+    exit_code = ExitCode.NOPROGRESS
+
+
+class ContainerMemory(JobError):
+    """The container's memory limit was hit, and the kernel ended one of its processes."""
+
+    exit_code = ExitCode.MEMORY
 
 
 class BudgetSpent(JobError):

@@ -55,6 +55,7 @@ def measure(
     budget: int,
     limit: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Figures:
     """Loss and accuracy on the first ``limit`` rows, in batches of up to ``budget`` tokens of similar length.
 
@@ -68,6 +69,7 @@ def measure(
     sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
     with _evaluating(core), attention(core, kernel.implementation):
         for group in groups[placement.rank :: placement.world]:
+            on_batch()
             if should_stop():
                 raise StopAsked
             with placement.autocast():
@@ -92,6 +94,7 @@ def exact_match(
     count: int,
     max_new_tokens: int,
     batch_rows: int = 16,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> float:
     """Share of the first ``count`` rows answered word for word by greedy generation."""
     wanted = sorted(range(min(count, len(rows))), key=lambda row: len(rows.prompt(row)))
@@ -100,6 +103,7 @@ def exact_match(
     positions = _positions(core)
     with _evaluating(core), attention(core, STOCK_ATTENTION):
         for batch in batches[placement.rank :: placement.world]:
+            on_batch()
             room = positions - max(len(rows.prompt(row)) for row in batch)
             if room < 1:
                 log.warning(

@@ -5,6 +5,7 @@ Codes follow sysexits.h where it has a word for the case.
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import Any
 
 
 class JobReaction(Enum):
@@ -80,10 +81,36 @@ _ROWS = (
     Exit(ExitCode.OOM, "device memory", JobReaction.FAIL),
     Exit(ExitCode.HANG, "no progress within the limit; stacks dumped", JobReaction.COUNT),
     Exit(ExitCode.DIVERGED, "NaN or Inf that the scaler does not explain", JobReaction.FAIL),
-    Exit(ExitCode.NOPROGRESS, "several attempts in a row committed nothing new", JobReaction.FAIL),
+    Exit(
+        ExitCode.NOPROGRESS,
+        "three attempts that ended by themselves, or twenty that were interrupted or vanished, committed nothing new",
+        JobReaction.FAIL,
+    ),
     Exit(ExitCode.BUDGET, "resources.budget used up; checkpoint and partial result are there", JobReaction.FAIL),
     Exit(ExitCode.MEMORY, "container memory", JobReaction.COUNT),
     Exit(ExitCode.INTERRUPTED, "the supervisor got SIGTERM, last commit recorded", JobReaction.IGNORE),
 )
 
 EXITS: dict[ExitCode, Exit] = {row.code: row for row in _ROWS}
+
+CONTAINER = "tunejob"
+"""Name of our container in a pod; every rule of the policy names it, or a sidecar's code would be taken for ours."""
+
+
+def codes(reaction: JobReaction) -> list[int]:
+    """The codes a Job treats one way, sorted."""
+    return sorted(int(row.code) for row in _ROWS if row.reaction is reaction)
+
+
+def pod_failure_policy() -> dict[str, Any]:
+    """The Job's ``podFailurePolicy``: disruptions and interruptions are not counted, what none can cure fails the Job.
+
+    Fields that the server would fill in are written out, so that applying the same manifest twice changes nothing.
+    """
+    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    actions = (("Ignore", JobReaction.IGNORE), ("FailJob", JobReaction.FAIL))
+    by_code = [
+        {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": codes(reaction)}}
+        for action, reaction in actions
+    ]
+    return {"rules": [disrupted, *by_code]}

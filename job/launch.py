@@ -14,6 +14,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,12 +81,20 @@ class Child:
 
     def wait(self, seconds: float) -> int | None:
         """The exit code (negative: the signal) once the process has ended; None if it still runs after ``seconds``."""
+        reap_orphans(self._process.pid)
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         self._reader.join(5)
         return code
+
+    def dump_stacks(self, pid_file: Path) -> None:
+        """Has a process of the group write the stacks of its threads to its output."""
+        with suppress(OSError, ValueError):
+            pid = int(pid_file.read_text(encoding="ascii"))
+            if os.getpgid(pid) == self._process.pid:
+                os.kill(pid, signal.SIGUSR1)
 
     def end(self, grace_seconds: float) -> None:
         """Ends the whole group: SIGTERM, and SIGKILL for what is left after ``grace_seconds``."""
@@ -96,6 +105,10 @@ class Child:
             time.sleep(0.05)
         self._signal(signal.SIGKILL)
         self._process.wait()
+
+    def kill(self) -> None:
+        """Ends the whole group at once, without waiting for it."""
+        self._signal(signal.SIGKILL)
 
     def _alive(self) -> bool:
         try:
@@ -109,6 +122,22 @@ class Child:
             os.killpg(self._process.pid, number)
         except (ProcessLookupError, PermissionError):
             log.debug("process group %d is gone", self._process.pid)
+
+
+def reap_orphans(child: int) -> None:
+    """As pid 1, takes the exit codes of processes that lost their parents, or they stay in the process table.
+
+    Args:
+        child: our own child, whose code somebody else waits for.
+    """
+    while os.getpid() == 1:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid == child:
+            return
+        os.waitpid(ended.si_pid, 0)
 
 
 def _environment(workdir: Path, **extra: str) -> dict[str, str]:

@@ -1,15 +1,21 @@
 """The ledger of a run's attempts: when each began, how it ended, and what it cost."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.errors import IntegrityFailure
+from job.container import FULL
+from job.errors import IntegrityFailure, NoProgress
+from job.exits import ExitCode
 from job.layout import ATTEMPTS, STATUS, attempt_key
 from job.status import parse_status
 from job.store import Store, from_json, to_json
 
 log = logging.getLogger(__name__)
+
+ENDED_BY_THEMSELVES = 3
+CUT_OFF = 20
+"""Attempts of one Job without progress, by how they ended, after which there is no further one."""
 
 
 def record_attempt(store: Store, number: int, record: dict[str, Any]) -> None:
@@ -38,7 +44,43 @@ def complete(store: Store, ledger: Sequence[dict[str, Any]]) -> None:
     last = parse_status(found[0]) if found else None
     if last is not None and last.attempt == ledger[-1]["attempt"]:
         ledger[-1].update(seconds=round(last.elapsed, 3), committed=last.committed, message="vanished")
+        if last.memory is not None and last.memory >= FULL:
+            message = f"vanished with the container's memory at {last.memory:.0%} of its limit"
+            ledger[-1].update(exit_code=int(ExitCode.MEMORY), message=message)
         record_attempt(store, last.attempt, ledger[-1])
+
+
+def require_progress(ledger: Sequence[Mapping[str, Any]], job: str) -> None:
+    """Refuses a further attempt of a Job whose attempts commit nothing new: one that is ignored would go on for ever.
+
+    A checkpoint that is new, and verified bytes of the inputs that stayed for the next attempt, count as progress.
+
+    Args:
+        ledger: all attempts before this one.
+        job: name of the Kubernetes Job; attempts of another are not held against this one. Empty: never refuse, a
+            person starts these attempts.
+
+    Raises:
+        NoProgress: three of its attempts ended by themselves without progress, or twenty were interrupted or vanished.
+    """
+    by_themselves = cut_off = committed = brought = 0
+    for line in ledger:
+        progressed = line.get("committed", 0) > committed or line.get("brought", 0) > brought
+        committed = max(committed, line.get("committed", 0))
+        brought = max(brought, line.get("brought", 0))
+        if progressed:
+            by_themselves = cut_off = 0
+        elif line.get("job") == job:
+            was_cut_off = line.get("exit_code") in (None, ExitCode.INTERRUPTED, ExitCode.PEER)
+            cut_off += was_cut_off
+            by_themselves += not was_cut_off
+    if job and (by_themselves >= ENDED_BY_THEMSELVES or cut_off >= CUT_OFF):
+        last = next((str(line["message"]) for line in reversed(ledger) if line.get("message")), "nothing")
+        raise NoProgress(
+            f"{by_themselves} attempts of Job {job} ended by themselves and {cut_off} were interrupted or vanished "
+            f"without a new checkpoint (the newest is of step {committed}); the last one said: {last}. Mend the cause, "
+            "then start it anew under another Job name (raise restart)"
+        )
 
 
 def seconds_spent(ledger: Sequence[dict[str, Any]]) -> float:

@@ -27,6 +27,8 @@ class Status:
     """How the attempt ended; None while it goes on."""
     message: str = ""
     """Why, in a sentence, if it failed."""
+    memory: float | None = None
+    """Share of the container's memory limit in use at the last look; None where there is no limit."""
     elapsed: float = 0.0
     """Seconds since the attempt began."""
     seconds: dict[str, float] = field(default_factory=dict)

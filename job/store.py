@@ -28,7 +28,7 @@ from job.errors import (
     SpecInvalid,
     TemporaryFailure,
 )
-from job.files import FileEntry, fsync_path
+from job.files import FileEntry, entry_of, fsync_path
 
 T = TypeVar("T")
 
@@ -95,8 +95,11 @@ class Store(Protocol):
     def sweep(self, prefix: str) -> int:
         """Removes what interrupted writes left below a prefix ("" for all); only for the owner. Returns how many."""
 
-    def local(self, key: str) -> Path | None:
-        """Where the object already lies on this machine; None if it would have to be brought."""
+    def digest(self, key: str) -> FileEntry:
+        """Size and SHA-256 of an object's bytes as they are stored; nothing is kept here. Raises InputMissing."""
+
+    def hurry(self, until: float) -> None:
+        """From this moment (``time.monotonic``) on nothing is tried again: a process that leaves has little time."""
 
 
 def local_path(uri: str) -> Path | None:
@@ -301,8 +304,13 @@ class DirectoryStore:
                 self._drop_empty_folders(path.parent)
         return len(left)
 
-    def local(self, key: str) -> Path | None:
-        return self._path(key) if self.stat(key) else None
+    def digest(self, key: str) -> FileEntry:
+        path = self._path(key)
+        with translated(f"{self._name(key)}: cannot be read", path.parent):
+            return entry_of(path, key)
+
+    def hurry(self, until: float) -> None:
+        pass  # a folder is never asked twice
 
     def _path(self, key: str) -> Path:
         return self.root / checked(key)

@@ -1,7 +1,7 @@
 """The supervisor: one attempt of a run, from spec to published manifest. It never imports torch.
 
-It owns the run in the store, moves the bytes, starts ``prepare``, the worker and ``verify``, commits what they seal,
-and decides the exit code. Its phases are those of docs/design.md.
+It owns the run in the store, moves the bytes, starts ``prepare``, the worker and ``verify``, has the courier commit
+what they seal, and decides the exit code. Its phases are those of docs/design.md.
 """
 
 import hashlib
@@ -9,42 +9,50 @@ import logging
 import os
 import secrets
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from job import launch, layout, transfer
-from job.announce import Announcer, log_to
+from job import container, launch, layout, pull, transfer
+from job.announce import Announcer, leave_word, log_to
+from job.attend import Attendant
 from job.basemodel import inspect
-from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
-from job.exits import ExitCode
+from job.courier import Courier, send_copy
+from job.errors import BudgetSpent, Conflict, InternalError, JobError, SpecInvalid
+from job.exits import EXITS, ExitCode, JobReaction
 from job.files import read_json, write_json
-from job.inputs import Input, Inputs
-from job.ledger import attempts, complete, record_attempt, seconds_spent
-from job.outcome import as_foreseen, cause, recorded
+from job.inputs import Input, Inputs, write_inputs
+from job.leaving import Leaving
+from job.ledger import attempts, complete, record_attempt, require_progress, seconds_spent
+from job.outcome import as_foreseen
 from job.own import Ownership, claim
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
 from job.status import Status
-from job.store import Store, from_json, local_path, open_store, probe, to_json
+from job.store import Store, from_json, local_path, open_store, probe, to_json, translated
 from job.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
 CPU_RANKS = "TUNEJOB_CPU_RANKS"
 """Environment variable: ranks on a machine without a GPU, for tests of several processes."""
+JOB = "TUNEJOB_JOB"
+"""Environment variable: name of the Kubernetes Job this attempt is a pod of; absent elsewhere."""
+POD = "TUNEJOB_POD"
+"""Environment variable: name of the pod."""
 
 _WORKER_PHASES = ("worker", "load", "train", "seal", "evaluate")
 """Phases in which the worker's word counts; `worker` until it has said one."""
 
-_POLL_SECONDS = 0.2
 _STATUS_SECONDS = 5.0
+_AFTER_FAILURE_SECONDS = 120.0
+"""How long a store that does not answer is asked to take the checkpoints of an attempt that failed."""
+_LAST_WORDS_SECONDS = 30.0
+"""How long a store that does not answer is asked to take the last word on an attempt that failed."""
 
 
 def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) -> ExitCode:
@@ -55,8 +63,8 @@ def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) 
         work: folder for scratch; each attempt has one of its own in it, removed at its end.
         outcome: where to leave the code and its sentence for the process that started this one.
     """
-    attempt = Attempt(spec, uri, WorkDir(work / f"{_scratch_prefix(uri)}{secrets.token_hex(4)}"))
-    with _asked_to_leave(attempt.stop):
+    attempt = Attempt(spec, uri, work)
+    with attempt.leaving.listening():
         try:
             attempt.run()
             code, message = ExitCode.OK, ""
@@ -74,39 +82,36 @@ def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) 
     return code
 
 
-@contextmanager
-def _asked_to_leave(stop: threading.Event) -> Iterator[None]:
-    """Sets ``stop`` on SIGTERM, SIGINT or SIGHUP, however often they come."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
 class Attempt:
     """One attempt of one run."""
 
-    spec: JobSpec
-    uri: str
-    workdir: WorkDir
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self._announcer = Announcer()
+    def __init__(self, spec: JobSpec, uri: str, work: Path) -> None:
+        self.spec, self.uri = spec, uri
+        self.workdir = WorkDir(work / f"{_scratch_prefix(uri)}{secrets.token_hex(4)}")
+        self.leaving = Leaving(spec.resources.grace_seconds, self._hurry, self._leave_late)
+        self._brought = work / f"{_scratch_prefix(uri)}inputs"
+        self._began, self._started = time.monotonic(), _now()
+        self._status = Status(run=uri.rstrip("/").rsplit("/", 1)[-1], attempt=1, phase="preflight")
+        self._announcer = Announcer(lambda: self._status)
+        self._scratch = container.Scratch(work)
+        self._attendant = Attendant(
+            self.workdir,
+            self.leaving,
+            spec.resources.grace_seconds,
+            self._tick,
+            lambda: time.monotonic() - self._began > self._budget_left,
+            self._require_budget,
+            self._kept,
+        )
         self._seconds: dict[str, float] = {}
-        self._status = Status(run=self.uri.rstrip("/").rsplit("/", 1)[-1], attempt=1, phase="preflight")
-        self._status_at = 0.0
         self._store: Store | None = None
         self._ownership: Ownership | None = None
+        self._courier: Courier | None = None
+        self._child: launch.Child | None = None
         self._log_handler: logging.Handler | None = None
-        self._pushed: set[str] = set()
-        self._began = time.monotonic()
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._budget_left = float("inf")
+        self._survey_made: pull.Survey | None = None
+        self._manifest: transfer.Manifest | None = None
 
     def run(self) -> None:
         """All phases.
@@ -116,6 +121,9 @@ class Attempt:
         """
         with self._phase("preflight"):
             _refuse_unoffered(self.spec)
+            container.require_gpu_files(self.spec.resources.gpus)
+            with translated("scratch: cannot be written", self.workdir.root.parent):
+                self.workdir.root.mkdir(parents=True, exist_ok=True)
             store = self._store = open_store(self.uri)
             if not probe(store):
                 log.warning(
@@ -129,29 +137,52 @@ class Attempt:
         with self._phase("pull"):
             inputs = self._pull(store)
         with self._phase("prepare"):
-            child = launch.python_child("job.prepare", self.workdir.root, log.info)
-            self._attend(child, ["prepare"], store)
+            self._attend(launch.python_child("job.prepare", self.workdir.root, log.info), ["prepare"])
         with self._phase("worker"):
-            self._work(store)
+            self._work()
         with self._phase("verify"):
-            self._attend(launch.python_child("job.verify", self.workdir.root, log.info), ["verify"], store)
+            self._attend(launch.python_child("job.verify", self.workdir.root, log.info), ["verify"])
         with self._phase("publish"):
             self._publish(store, inputs)
 
     def close(self, code: ExitCode, message: str) -> None:
         """Leaves word of how it ended, as far as the store still takes it, and gives the run up."""
         self._announcer.close()
+        self._status = replace(self._status, exit_code=int(code), message=message)
+        if self._store is not None and code != ExitCode.OK:
+            self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _LAST_WORDS_SECONDS))
+        if self._courier is not None:
+            self._courier.stop()
         if self._ownership is not None and self._store is not None and code != ExitCode.FENCED:
-            self._status = replace(self._status, exit_code=int(code), message=message)
             for act in (self._tell_status, self._record_attempt, self._push_log):
                 _best_effort(act, self._store)
             self._sweep_scratch()
+        if self._ownership is not None:
             _best_effort(self._ownership.release, code.name)
         if self._log_handler is not None:
             logging.getLogger().removeHandler(self._log_handler)
             self._log_handler.close()
         if code not in (ExitCode.CRASH, ExitCode.INTERNAL):
             shutil.rmtree(self.workdir.root, ignore_errors=True)
+        if EXITS[code].reaction in (JobReaction.COMPLETE, JobReaction.FAIL):  # else the next attempt may need it
+            shutil.rmtree(self._brought, ignore_errors=True)
+        self._leave_word()
+
+    def _leave_word(self) -> None:
+        manifest = self._manifest.sha256 if self._manifest else None
+        leave_word(self._status, manifest, time.monotonic() - self._began)
+
+    def _hurry(self, until: float) -> None:
+        if self._store is not None:
+            self._store.hurry(until)
+
+    def _leave_late(self) -> None:
+        """What must not be left out even if the grace period is over: no orphan, and a word on how it ended."""
+        if self._child is not None:
+            self._child.kill()
+        message = f"asked to leave; the grace period ended in phase {self._status.phase}; {self._kept()}"
+        self._status = replace(self._status, exit_code=int(ExitCode.INTERRUPTED), message=message)
+        self._leave_word()
 
     # own
 
@@ -171,16 +202,16 @@ class Attempt:
         return transfer.any_committed(store) or transfer.read_manifest(store) is not None
 
     def _already_published(self, store: Store) -> bool:
-        manifest = transfer.read_manifest(store)
-        if manifest is None:
+        self._manifest = transfer.read_manifest(store)
+        if self._manifest is None:
             return False
-        transfer.verify_manifest(store, manifest)
-        self._inputs(store)
+        transfer.verify_manifest(store, self._manifest, lambda: self.leaving.check("while the result was verified"))
+        self._survey(store)
         log.info("%s is already complete and its inputs are unchanged; nothing to do", store.uri)
         return True
 
-    def _inputs(self, store: Store) -> Inputs:
-        """The inputs, here, and seen to be those that earlier attempts read.
+    def _survey(self, store: Store) -> tuple[pull.Survey, Sequence[pull.Record]]:
+        """The inputs where they lie, seen to be those that earlier attempts read, and what these wrote down.
 
         Raises:
             Conflict: they changed; the message names which.
@@ -189,18 +220,14 @@ class Attempt:
         recorded = from_json(found[0], layout.INPUTS)["inputs"] if found else []
         # A hub's branch may have moved on; the run stays with the commit it began on.
         commit = next((record["commit"] for record in recorded if record.get("commit")), None)
-        inputs = transfer.pull_inputs(self.spec, self.workdir, revision=commit)
-        inspect(inputs.model.path, self.spec.model.name)
-        here = transfer.fingerprint(inputs, recorded, _template_file(self.spec))
-        changes = transfer.changed(recorded, here) if recorded else []
+        survey = pull.survey(self.spec, self._brought, commit=commit, others=_template_file(self.spec))
+        changes = survey.changed(recorded) if recorded else []
         if changes:
             raise Conflict(
                 f"{store.uri}: the inputs changed since this run began: {', '.join(changes)}; "
                 "name another output to train on what is there now"
             )
-        if not recorded and self._ownership is not None:
-            store.write(layout.INPUTS, to_json({"inputs": here}), if_absent=True)
-        return inputs
+        return survey, recorded
 
     def _own(self, store: Store) -> None:
         self._ownership = claim(store, digest(self.spec), is_free_of_specs=lambda: not self._holds_something(store))
@@ -210,18 +237,26 @@ class Attempt:
             store.delete(layout.TRAINING_CONFIG)
         number = self._enter_ledger(store)
         self._sweep_scratch()
-        self.workdir.root.mkdir(parents=True, exist_ok=True)
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
         self._fetch_if_there(store, layout.TRAINING_LOG, self.workdir.log)
         self._log_handler = log_to(self.workdir.log)
         log.info("run %s, attempt %d: %s of %s", self._status.run, number, self.spec.method, self.spec.model.name)
         if store.read(layout.TRAINING_CONFIG) is None:
             store.write(layout.TRAINING_CONFIG, dump(self.spec).encode(), if_absent=True)
+        self._courier = Courier(
+            store,
+            self._ownership,
+            self.workdir,
+            self.spec.checkpoints.keep,
+            self._status_now,
+            _STATUS_SECONDS,
+        )
+        self._courier.start()
 
     def _sweep_scratch(self) -> None:
         """Removes what attempts that were killed left. Nobody reads it, whatever an orphan of theirs still writes."""
         for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
-            if left != self.workdir.root:
+            if left not in (self.workdir.root, self._brought):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _enter_ledger(self, store: Store) -> int:
@@ -232,11 +267,15 @@ class Attempt:
         """
         ledger = attempts(store)
         complete(store, ledger)
+        if ledger:
+            committed = max(line.get("committed", 0) for line in ledger)
+            self._status = replace(self._status, committed=committed)
         if self.spec.resources.budget_hours is not None:
             self._budget_left = self.spec.resources.budget_hours * 3600 - seconds_spent(ledger)
         self._status = replace(self._status, attempt=len(ledger) + 1)
         self._record_attempt(store)
         self._require_budget()
+        require_progress(ledger, os.environ.get(JOB, ""))
         return self._status.attempt
 
     def _require_budget(self) -> None:
@@ -249,131 +288,108 @@ class Attempt:
     # pull
 
     def _pull(self, store: Store) -> Inputs:
-        inputs = self._inputs(store)
-        commit = transfer.newest_verified(store, self.workdir.resume)
+        survey, recorded = self._survey(store)
+
+        def tick() -> None:
+            self.leaving.check("while the inputs were brought")
+            self._scratch.check()
+            self._require_ownership()
+            if survey.bytes_to_bring:
+                word = {"phase": "pull", "bytes": survey.bytes_here(), "of": survey.bytes_to_bring}
+                self._announcer.progress(word)
+
+        self._survey_made = survey
+        survey = survey.bring(recorded, tick)
+        inspect(survey.inputs.model.path, self.spec.model.name)
+        if not recorded:
+            store.write(layout.INPUTS, to_json({"inputs": survey.records}), if_absent=True)
+        with translated("the record of the inputs: cannot be written", self.workdir.root):
+            write_inputs(self.workdir.inputs, survey.inputs)
+        commit = transfer.newest_verified(
+            store, self.workdir.resume, lambda: self.leaving.check("while a checkpoint was brought")
+        )
+        self._status = replace(self._status, committed=commit.step if commit else 0)
         if commit is not None:
-            self._status = replace(self._status, committed=commit.step)
             self._fetch_if_there(store, layout.METRICS, self.workdir.metrics)
             log.info("going on from the checkpoint of step %d", commit.step)
-        return inputs
+        return survey.inputs
 
     def _fetch_if_there(self, store: Store, key: str, to: Path) -> None:
         if store.stat(key) is not None:
             store.get(key, to)
 
-    # train, seal, evaluate
+    # prepare, train, seal, evaluate, verify
 
-    def _work(self, store: Store) -> None:
+    def _work(self) -> None:
         gpus = self.spec.resources.gpus
         cpu_ranks = os.environ.get(CPU_RANKS, "")
         ranks = gpus or (int(cpu_ranks) if cpu_ranks.isdigit() else 1) or 1
         grace = self.spec.resources.grace_seconds
         child = launch.ranks_child(self.workdir.root, ranks, bool(gpus), grace, log.info)
+        processes = [f"rank-{rank}" for rank in range(ranks)]
         try:
-            self._attend(child, [f"rank-{rank}" for rank in range(ranks)], store)
-        finally:
-            # What was sealed before a failure is worth as much as what was sealed before success.
-            self._commit_sealed(store)
+            self._attend(child, processes, trains=True)
+        except Exception:
+            if self._store is not None:
+                self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _AFTER_FAILURE_SECONDS))
+            self._flush()  # what was sealed before a failure is worth as much as what was sealed before success
+            raise
+        failure = self._flush()
+        if failure is not None:
+            raise failure
 
-    def _attend(self, child: launch.Child, processes: list[str], store: Store) -> None:
-        """Stays with a child to its end: commits, announces, passes on the request to leave.
-
-        Raises:
-            JobError: what the child wrote down, or TemporaryFailure if it vanished without a word.
-        """
-        asked_at = None
-        grace = self.spec.resources.grace_seconds
+    def _flush(self) -> JobError | None:
+        """Commits whatever is sealed; what kept it from that is returned, for there may be a better reason to tell."""
         try:
-            while (code := child.wait(_POLL_SECONDS)) is None:
-                self._tick(store)
-                if not self.stop.is_set() and time.monotonic() - self._began <= self._budget_left:
-                    continue
-                if asked_at is None:
-                    asked_at = time.monotonic()
-                    self._ask_to_leave()
-                if not self.workdir.stop.exists() or self._phase_now() != "train":
-                    break  # only a training step has something to save
-                if time.monotonic() - asked_at > max(2.0, grace - 8.0):
-                    break  # the last committed checkpoint has to do
+            if self._courier is not None:
+                self._courier.finish()
+        except JobError as error:
+            log.warning("%s", error)
+            return error
         finally:
-            child.end(3.0)
-        self._tick(store)
-        self._settle(processes, code)
+            self._merge_committed()
+        return None
+
+    def _attend(self, child: launch.Child, processes: list[str], *, trains: bool = False) -> None:
+        self._child = child
+        try:
+            self._attendant.attend(child, processes, trains=trains, at_end=self._flush)
+        finally:
+            self._child = None
 
     def _kept(self) -> str:
         if not self._status.committed:
             return "nothing was trained yet"
         return f"the newest committed checkpoint is of step {self._status.committed}"
 
-    def _ask_to_leave(self) -> None:
-        why = "asked to leave" if self.stop.is_set() else "resources.budget is used up"
-        log.warning("%s; %s", why, "sealing a checkpoint" if self._phase_now() == "train" else "leaving")
-        if self._phase_now() == "train":
-            self.workdir.stop.touch()
+    def _tick(self) -> None:
+        """A few times a second while a child works.
 
-    def _settle(self, processes: list[str], code: int | None) -> None:
-        """Raises how a group of processes ended: a real cause, then a request to leave, then a vanished one.
-
-        A rank that lost its peers, or was ended with them, is none of the first: torchrun ends the healthy ranks when
-        one dies.
+        Raises:
+            JobError: what ends the attempt though the child is well.
         """
-        outcomes = {process: recorded(self.workdir.outcome(process)) for process in processes}
-        failure = cause(outcomes.values())
-        if failure is not None and not isinstance(failure, TemporaryFailure):
-            raise failure
-        if self.stop.is_set():
-            raise Interrupted(f"asked to leave; {self._kept()}")
-        self._require_budget()
-        silent = [process for process, outcome in outcomes.items() if outcome is None]
-        if silent:
-            raise TemporaryFailure(
-                f"{', '.join(silent)} vanished without a word (exit {code}): killed from outside, or for memory; "
-                "see the lines above"
-            )
-        if failure is not None:
-            raise failure
-        if code != 0:
-            raise InternalError(f"{', '.join(processes)} ended well but the launcher exited with {code}")
-
-    def _phase_now(self) -> str:
-        """The worker's phase by its own word, else the supervisor's."""
-        if self._status.phase in _WORKER_PHASES:
-            with suppress(FileNotFoundError):
-                return str(read_json(self.workdir.progress)["phase"])
-        return self._status.phase
-
-    def _tick(self, store: Store) -> None:
-        """A few times a second while a child works."""
         if self._status.phase in _WORKER_PHASES:
             with suppress(FileNotFoundError):
                 word = read_json(self.workdir.progress)
-                self._announcer.progress(word)
                 known = {key: word[key] for key in ("phase", "step", "steps", "loss") if key in word}
                 self._status = replace(self._status, **known)
-        self._commit_sealed(store)
-        if time.monotonic() - self._status_at > _STATUS_SECONDS:
-            self._tell_status(store)
+                self._announcer.progress(word)
+        memory = container.memory()
+        self._status = replace(self._status, memory=round(memory.used / memory.limit, 3) if memory else None)
+        self._merge_committed()
+        if self._courier is not None:
+            self._courier.check()
+        self._scratch.check()
+        self._require_ownership()
 
-    def _commit_sealed(self, store: Store) -> None:
-        """Sends every sealed checkpoint that is not in the store yet, and prunes what is no longer kept."""
-        if not self.workdir.checkpoints.exists() or self._ownership is None:
-            return
-        sealed = [path for path in self.workdir.checkpoints.iterdir() if layout.parse_checkpoint(path.name)]
-        for folder in sorted(sealed, key=lambda path: layout.parse_checkpoint(path.name) or (0, 0)):
-            if folder.name in self._pushed:
-                continue
+    def _merge_committed(self) -> None:
+        step = self._courier.committed if self._courier else 0
+        if step > self._status.committed:
+            self._status = replace(self._status, committed=step, step=max(step, self._status.step))
+
+    def _require_ownership(self) -> None:
+        if self._ownership is not None and self._ownership.is_lost:
             self._ownership.check()
-            state = read_json(folder / layout.CHECKPOINT_STATE)
-            extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
-            # Before the marker: who resumes from it must find the lines of every step that led to it.
-            self._push_metrics(store)
-            transfer.push_checkpoint(store, folder, state["step"], self._ownership.generation, extra)
-            self._pushed.add(folder.name)
-            newest = max(state["step"], self._status.committed)
-            self._status = replace(self._status, committed=newest, step=max(newest, self._status.step))
-            log.info("committed the checkpoint of step %d", state["step"])
-            transfer.prune(store, self.spec.checkpoints.keep, _best(store))
-            shutil.rmtree(folder, ignore_errors=True)
 
     # publish
 
@@ -394,36 +410,45 @@ class Attempt:
         work.card.write_text(model_card(self._status.run, self.spec, results), encoding="utf-8")
         log.info("publishing to %s", store.uri)
         files = {path.name: path for path in work.adapter.iterdir()}
+        log_so_far = work.outgoing / layout.TRAINING_LOG  # the log itself still grows
+        work.outgoing.mkdir(exist_ok=True)
+        shutil.copyfile(work.log, log_so_far)
         files |= {
             layout.TRAINING_CONFIG: work.spec,
-            layout.TRAINING_LOG: work.log,
+            layout.TRAINING_LOG: log_so_far,
             layout.METRICS: work.metrics,
             layout.EVAL_RESULTS: work.results,
             layout.MODEL_CARD: work.card,
         }
         self._ownership.check()
-        if self.stop.is_set():
-            raise Interrupted("asked to leave before publishing; the next attempt publishes without training")
-        transfer.publish(store, files, {"run": self._status.run, "spec_digest": digest(self.spec)})
+        self.leaving.check("before publishing; the next attempt publishes without training")
+
+        def tick() -> None:
+            self.leaving.check_time("while publishing; the next attempt publishes without training")
+            self._require_ownership()
+
+        extra = {"run": self._status.run, "spec_digest": digest(self.spec)}
+        self._manifest = transfer.publish(store, files, extra, tick)
 
     # word of it
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        if self.stop.is_set():
-            raise Interrupted(f"asked to leave before {name}")
+        self.leaving.check(f"before {name}")
         self._status = replace(self._status, phase=name)
-        if self._store is not None and self._ownership is not None:
-            self._tell_status(self._store)
+        self._announcer.phase(name)
+        if self._courier is not None:
+            self._courier.tell()
         start = time.monotonic()
         yield
         self._seconds[name] = time.monotonic() - start
 
+    def _status_now(self) -> bytes:
+        seconds = {name: round(value, 3) for name, value in list(self._seconds.items())}
+        return replace(self._status, seconds=seconds, elapsed=round(time.monotonic() - self._began, 3)).dump()
+
     def _tell_status(self, store: Store) -> None:
-        self._status_at = time.monotonic()
-        seconds = {name: round(value, 3) for name, value in self._seconds.items()}
-        self._status = replace(self._status, seconds=seconds, elapsed=round(time.monotonic() - self._began, 3))
-        store.write(layout.STATUS, self._status.dump())
+        store.write(layout.STATUS, self._status_now())
 
     def _record_attempt(self, store: Store) -> None:
         """This attempt's line of the ledger: at its start without an end, at its end with one."""
@@ -432,11 +457,14 @@ class Attempt:
             "attempt": self._status.attempt,
             "generation": self._ownership.generation if self._ownership else None,
             "started": self._started,
-            "ended": datetime.now(UTC).isoformat(timespec="seconds") if ended else None,
+            "ended": _now() if ended else None,
             "seconds": round(time.monotonic() - self._began, 3),
             "exit_code": self._status.exit_code,
             "message": self._status.message,
             "committed": self._status.committed,
+            "brought": self._survey_made.bytes_verified() if self._survey_made else 0,
+            "job": os.environ.get(JOB, ""),
+            "pod": os.environ.get(POD, ""),
         }
         record_attempt(store, self._status.attempt, record)
 
@@ -444,12 +472,7 @@ class Attempt:
         """After publication the manifest holds the log's hash: what comes then is not for it."""
         if self._log_handler is not None and self._status.exit_code != ExitCode.OK:
             self._log_handler.flush()
-            store.put(self.workdir.log, layout.TRAINING_LOG)
-
-    def _push_metrics(self, store: Store) -> None:
-        for path, key in ((self.workdir.metrics, layout.METRICS), (self.workdir.log, layout.TRAINING_LOG)):
-            if path.exists():
-                store.put(path, key)
+            send_copy(store, self.workdir.log, layout.TRAINING_LOG, self.workdir.outgoing)
 
 
 def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
@@ -471,10 +494,8 @@ def _template_file(spec: JobSpec) -> list[Input]:
     return [Input(name, Path(name))] if name.endswith(".jinja") and Path(name).is_file() else []
 
 
-def _best(store: Store) -> int | None:
-    """Step of the committed checkpoint with the lowest evaluation loss; None if none was measured."""
-    measured = [(c.record["eval_loss"], c.step) for c in transfer.committed(store) if c.record.get("eval_loss")]
-    return min(measured)[1] if measured else None
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _refuse_unoffered(spec: JobSpec) -> None:

@@ -84,6 +84,12 @@ class Worker:
             self.last_word = time.monotonic()
             write_json(self.workdir.progress, word)
 
+    def pulse(self) -> None:
+        """Shows the supervisor that something goes on, where there is nothing to say."""
+        if self.is_first and time.monotonic() - self.last_word > 1.0:
+            self.last_word = time.monotonic()
+            os.utime(self.workdir.progress)
+
     def barrier(self) -> None:
         """Waits for the other ranks."""
         if self.placement.world > 1:
@@ -227,7 +233,7 @@ def _measure(worker: Worker, loop: Loop, should_stop: Any = lambda: False) -> ev
     budget = training.micro_batch_size * training.max_length
     core = loop.model.get_base_model()
     limit = worker.spec.evaluation.max_rows
-    return evaluate.measure(core, rows, loop.kernel, worker.placement, budget, limit, should_stop)
+    return evaluate.measure(core, rows, loop.kernel, worker.placement, budget, limit, should_stop, worker.pulse)
 
 
 def _save(worker: Worker, loop: Loop, choice: dict[str, str], eval_loss: float | None) -> None:
@@ -295,7 +301,9 @@ def _figures(worker: Worker, loop: Loop) -> evaluate.Figures:
     count = min(settings.generate_rows, len(rows))
     ends = [int(token) for token in worker.data.info["end_ids"]]
     core = loop.model.get_base_model()
-    share = evaluate.exact_match(core, rows, _tokenizer(worker), ends, worker.placement, count, settings.max_new_tokens)
+    share = evaluate.exact_match(
+        core, rows, _tokenizer(worker), ends, worker.placement, count, settings.max_new_tokens, on_batch=worker.pulse
+    )
     return replace(figures, exact_match=share, generated_rows=count)
 
 
@@ -390,6 +398,8 @@ def main() -> int:
     """One rank, as accelerate starts it."""
     workdir = WorkDir(Path(sys.argv[1]))
     setup_child()
+    process = f"rank-{os.environ.get('RANK', '0')}"
+    write_json(workdir.pid(process), os.getpid())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     expected = int(os.environ["TUNEJOB_RANKS"])
 
@@ -400,7 +410,7 @@ def main() -> int:
             PartialState(timeout=timedelta(minutes=30))
         return run(workdir)
 
-    code = record(workdir.outcome(f"rank-{os.environ.get('RANK', '0')}"), body, as_torch_failure)
+    code = record(workdir.outcome(process), body, as_torch_failure)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -1,42 +1,24 @@
-"""Moving bytes: inputs in, checkpoints and the result out, each proven by size and SHA-256.
+"""Checkpoints and the result: moved to the store and back, each file proven by size and SHA-256.
 
 A checkpoint is committed, and a result published, by one small object written last. Whatever dies before it leaves the
 state before; whatever dies after it leaves the state after.
 """
 
+import hashlib
 import logging
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from job import basemodel, hub
-from job.errors import Conflict, InputMissing, IntegrityFailure, SpecInvalid
-from job.files import FileEntry, entries_of, entry_of, sealing, sha256_of
-from job.inputs import Input, Inputs, write_inputs
+from job.errors import Conflict, InputMissing, IntegrityFailure
+from job.files import FileEntry, entries_of, entry_of, sealing
 from job.layout import CHECKPOINTS, COMMIT, MANIFEST, checkpoint_prefix, parse_checkpoint
-from job.spec import JobSpec
-from job.store import (
-    PreconditionFailed,
-    Store,
-    checked,
-    etag_of,
-    from_json,
-    local_path,
-    require_space,
-    to_json,
-    translated,
-)
-from job.workdir import WorkDir
+from job.parallel import in_parallel, nothing
+from job.store import PreconditionFailed, Store, checked, from_json, require_space, to_json, translated
 
 log = logging.getLogger(__name__)
 
-A = TypeVar("A")
-B = TypeVar("B")
-
-THREADS = 4
 RECORD_VERSION = 1
 
 
@@ -63,110 +45,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     record: Mapping[str, Any]
     """The whole manifest, with what the caller added to it."""
-
-
-# Inputs
-
-
-def pull_inputs(spec: JobSpec, workdir: WorkDir, *, revision: str | None = None, token: str | None = None) -> Inputs:
-    """Where everything the spec names lies on this machine, written to ``workdir.inputs`` too.
-
-    What is here already is used where it lies; only a hub model is brought, below ``workdir.pulled``.
-
-    Args:
-        revision: commit that an earlier attempt of this run trained on; left out: the spec's.
-        token: for the hub; left out: the environment's.
-
-    Raises:
-        InputMissing, AccessDenied, TemporaryFailure, IntegrityFailure, DiskFailure: naming the key of the spec.
-    """
-    data = spec.data
-    train = tuple(_data_file(source.source, "data.train") for source in data.train)
-    evaluation = _data_file(data.eval, "data.eval") if data.eval is not None else None
-    model = _model_folder(spec.model.source, revision or spec.model.revision, workdir.pulled / "hub", token)
-    inputs = Inputs(model, train, evaluation)
-    with translated("the record of the inputs: cannot be written", workdir.root):
-        write_inputs(workdir.inputs, inputs)
-    return inputs
-
-
-def _model_folder(source: str, revision: str | None, to: Path, token: str | None) -> Input:
-    path = _path_of(source, "model")
-    with translated(f"model {source}: cannot be looked at", path):
-        if path.is_dir():
-            return Input(source, path)
-        if path.exists():
-            raise InputMissing(f"model {source}: a file; a model is a folder with config.json, weights and tokenizer")
-    if not hub.looks_like_hub_id(source):
-        raise InputMissing(
-            f"model {source}: no such folder (looked for {path}), and no hub id either: a hub id is org/name"
-        )
-    return Input(source, hub.pull(source, revision, to, token)[0])
-
-
-def _data_file(uri: str, key: str) -> Input:
-    path = _path_of(uri, key)
-    with translated(f"{key} {uri}: cannot be read", path):
-        if path.is_dir():
-            some = ", ".join(sorted(item.name for item in path.iterdir() if item.is_file())[:5])
-            raise InputMissing(f"{key} {uri}: a folder; name a file of it, or several ({some or 'it holds no file'})")
-        if not path.is_file():
-            raise InputMissing(f"{key} {uri}: no such file (looked for {path}); a relative path starts at {Path.cwd()}")
-        with path.open("rb"):  # the right to read shows only when it is used
-            return Input(uri, path)
-
-
-def _path_of(uri: str, key: str) -> Path:
-    path = local_path(uri)
-    if path is None:
-        scheme = uri.split("://")[0]
-        raise SpecInvalid(
-            f"{key} {uri}: {scheme}:// needs a client this version does not have: it reads files and folders only; "
-            "name a path, or file:///PATH"
-        )
-    return path
-
-
-def fingerprint(
-    inputs: Inputs, recorded: Sequence[Mapping[str, Any]] = (), others: Sequence[Input] = ()
-) -> list[dict[str, Any]]:
-    """What ``run/inputs.json`` records of the inputs: name, size, etag and sha256 of each file, and a hub's commit.
-
-    Args:
-        recorded: an earlier fingerprint; a file that still has its etag is not hashed again.
-        others: files besides, for instance a chat template.
-    """
-    known = {record.get("name"): record for record in recorded}
-    with translated(f"model {inputs.model.uri}: cannot be read", inputs.model.path):
-        model = basemodel.files_of(inputs.model.path)
-    commit = hub.commit_of(inputs.model.path)
-    files = [(f"{inputs.model.uri}/{path.name}", path, {"commit": commit} if commit else {}) for path in model]
-    files += [(item.uri, item.path, {}) for item in (*inputs.train, *([inputs.eval] if inputs.eval else []), *others)]
-
-    def describe(file: tuple[str, Path, dict[str, str]]) -> dict[str, Any]:
-        name, path, extra = file
-        with translated(f"{name}: cannot be read", path):
-            status = path.stat()
-            # The time of change besides: the time of writing can be set back, as cp -p and rsync -t do.
-            etag, before = f"{etag_of(status)}-{status.st_ctime_ns}", known.get(name, {})
-            sha256 = before.get("sha256") if before.get("etag") == etag else None
-            return {"name": name, "size": status.st_size, "etag": etag, "sha256": sha256 or sha256_of(path), **extra}
-
-    return _in_parallel(describe, list({file[0]: file for file in files}.values()))
-
-
-def changed(recorded: Iterable[Mapping[str, Any]], present: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of the inputs that are not what an earlier attempt read: altered, new or gone; sorted."""
-    before = {record.get("name", "?"): record for record in recorded}
-    now = {record.get("name", "?"): record for record in present}
-
-    def same(name: str) -> bool:
-        one, other = before.get(name), now.get(name)
-        if one is None or other is None:
-            return False
-        return any(one.get(key) is not None and one.get(key) == other.get(key) for key in ("etag", "sha256"))
-
-    return sorted(name for name in {*before, *now} if not same(name))
+    sha256: str
+    """Of the manifest itself, as it lies in the store."""
 
 
 # Checkpoints
@@ -208,7 +88,7 @@ def committed(store: Store) -> list[Commit]:
     return commits
 
 
-def pull_checkpoint(store: Store, commit: Commit, to: Path) -> None:
+def pull_checkpoint(store: Store, commit: Commit, to: Path, tick: Callable[[], None] = nothing) -> None:
     """Makes ``to`` the folder that was pushed; it appears whole, every hash compared, or not at all.
 
     Raises:
@@ -216,10 +96,10 @@ def pull_checkpoint(store: Store, commit: Commit, to: Path) -> None:
     """
     require_space(to, sum(entry.size for entry in commit.files), f"{store.uri}/{commit.prefix}")
     with translated(f"{store.uri}/{commit.prefix}: cannot be brought here", to.parent), sealing(to) as scratch:
-        _in_parallel(lambda entry: _fetch(store, commit.prefix, entry, scratch / entry.name), commit.files)
+        in_parallel(lambda entry: _fetch(store, commit.prefix, entry, scratch / entry.name), commit.files, tick)
 
 
-def newest_verified(store: Store, to: Path) -> Commit | None:
+def newest_verified(store: Store, to: Path, tick: Callable[[], None] = nothing) -> Commit | None:
     """The newest checkpoint whose every byte is right, brought to ``to``; None if none was ever committed.
 
     Raises:
@@ -230,7 +110,7 @@ def newest_verified(store: Store, to: Path) -> Commit | None:
         try:
             commit = _read_commit(store, step, generation)
             if commit is not None:
-                pull_checkpoint(store, commit, to)
+                pull_checkpoint(store, commit, to, tick)
                 return commit
         except IntegrityFailure as error:
             log.warning("%s; falling back to the checkpoint before it", error)
@@ -298,12 +178,15 @@ def _read_commit(store: Store, step: int, generation: int) -> Commit | None:
 # The result
 
 
-def publish(store: Store, files: Mapping[str, Path], extra: Mapping[str, Any]) -> Manifest:
-    """The published manifest, once every file and then the manifest are in the store and read back.
+def publish(
+    store: Store, files: Mapping[str, Path], extra: Mapping[str, Any], tick: Callable[[], None] = nothing
+) -> Manifest:
+    """The published manifest, once every file and then the manifest are in the store and read back, byte by byte.
 
     Args:
         files: by key, relative to the run's prefix.
         extra: what else the manifest records.
+        tick: called a few times a second until the manifest is about to be written; what it raises ends the attempt.
 
     Raises:
         Conflict: a result is published already.
@@ -311,12 +194,14 @@ def publish(store: Store, files: Mapping[str, Path], extra: Mapping[str, Any]) -
     """
     if store.read(MANIFEST) is not None:
         raise Conflict(f"{store.uri}: a result is published already; name another output")
-    entries = tuple(_in_parallel(lambda item: _described(checked(item[0]), item[1]), sorted(files.items())))
-    _send(store, {entry.name: (files[entry.name], entry) for entry in entries})
+    entries = tuple(in_parallel(lambda item: _described(checked(item[0]), item[1]), sorted(files.items())))
+    _send(store, {entry.name: (files[entry.name], entry) for entry in entries}, tick)
     record = {**extra, "version": RECORD_VERSION, "files": _records(entries)}
+    manifest = Manifest(entries, record, hashlib.sha256(to_json(record)).hexdigest())
+    verify_manifest(store, manifest, tick)  # before the manifest: what it lists is right from its first moment on
+    tick()
     _seal(store, MANIFEST, record)
-    _require_all(store, entries)
-    return Manifest(entries, record)
+    return manifest
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -325,22 +210,22 @@ def read_manifest(store: Store) -> Manifest | None:
     if found is None:
         return None
     record = from_json(found[0], f"{store.uri}/{MANIFEST}")
-    return Manifest(_entries(record, f"{store.uri}/{MANIFEST}"), record)
+    return Manifest(_entries(record, f"{store.uri}/{MANIFEST}"), record, hashlib.sha256(found[0]).hexdigest())
 
 
-def verify_manifest(store: Store, manifest: Manifest) -> None:
+def verify_manifest(store: Store, manifest: Manifest, tick: Callable[[], None] = nothing) -> None:
     """Hashes every published object anew. Raises IntegrityFailure naming those that are gone or altered."""
-    with tempfile.TemporaryDirectory(prefix="tunejob-verify-") as scratch:
 
-        def complaint(numbered: tuple[int, FileEntry]) -> str | None:
-            number, entry = numbered
-            try:
-                _fetch(store, "", entry, Path(scratch) / str(number), local=True)
-            except IntegrityFailure as error:
-                return str(error)
-            return None
+    def complaint(entry: FileEntry) -> str | None:
+        try:
+            present = store.digest(entry.name)
+        except InputMissing:
+            return f"{store.uri}/{entry.name}: listed, but gone"
+        if (present.size, present.sha256) != (entry.size, entry.sha256):
+            return f"{store.uri}/{entry.name}: not the bytes that were stored (size or SHA-256 differs)"
+        return None
 
-        complaints = [text for text in _in_parallel(complaint, list(enumerate(manifest.files))) if text]
+    complaints = [text for text in in_parallel(complaint, manifest.files, tick) if text]
     if complaints:
         raise IntegrityFailure("; ".join(complaints))
 
@@ -348,7 +233,7 @@ def verify_manifest(store: Store, manifest: Manifest) -> None:
 # Both
 
 
-def _send(store: Store, files: Mapping[str, tuple[Path, FileEntry]]) -> None:
+def _send(store: Store, files: Mapping[str, tuple[Path, FileEntry]], tick: Callable[[], None] = nothing) -> None:
     """Puts files under their keys. Raises IntegrityFailure if what was sent, or is there, is not what was described."""
 
     def send(item: tuple[str, tuple[Path, FileEntry]]) -> None:
@@ -359,7 +244,7 @@ def _send(store: Store, files: Mapping[str, tuple[Path, FileEntry]]) -> None:
         if not _is_there(store, key, entry):
             raise IntegrityFailure(f"{store.uri}/{key}: not there, or of another size, after it was sent")
 
-    _in_parallel(send, list(files.items()))
+    in_parallel(send, list(files.items()), tick)
 
 
 def _seal(store: Store, key: str, record: Mapping[str, Any]) -> None:
@@ -380,17 +265,12 @@ def _seal(store: Store, key: str, record: Mapping[str, Any]) -> None:
         raise Conflict(f"{store.uri}/{key}: another one was written first; this attempt publishes nothing here")
 
 
-def _fetch(store: Store, prefix: str, entry: FileEntry, to: Path, local: bool = False) -> None:
-    """Brings one object, compared with its record; damaged bytes are asked for once more.
-
-    Args:
-        local: hash bytes that lie on this machine where they are, and bring nothing.
-    """
+def _fetch(store: Store, prefix: str, entry: FileEntry, to: Path) -> None:
+    """Brings one object, compared with its record; damaged bytes are asked for once more."""
     key = prefix + entry.name
-    here = store.local(key) if local else None
     for _ in range(2):
         try:
-            got = _described(key, here) if here else store.get(key, to)
+            got = store.get(key, to)
         except InputMissing as error:
             raise IntegrityFailure(f"{store.uri}/{key}: listed, but gone") from error
         if (got.size, got.sha256) == (entry.size, entry.sha256):
@@ -408,12 +288,6 @@ def _is_there(store: Store, key: str, entry: FileEntry) -> bool:
     return found is not None and found.size == entry.size
 
 
-def _require_all(store: Store, entries: Iterable[FileEntry]) -> None:
-    for entry in entries:
-        if not _is_there(store, entry.name, entry):
-            raise IntegrityFailure(f"{store.uri}/{entry.name}: listed in the manifest, but not there in its size")
-
-
 def _records(entries: Iterable[FileEntry]) -> list[dict[str, Any]]:
     return [entry.record() for entry in entries]
 
@@ -427,14 +301,3 @@ def _entries(record: Mapping[str, Any], name: str) -> tuple[FileEntry, ...]:
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityFailure(f"{name}: no list of files ({error}); it was written by something else") from error
     return entries
-
-
-def _in_parallel(call: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """The results in order. The first failure is raised once the calls under way are done; no new one begins."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(call, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise

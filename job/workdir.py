@@ -26,9 +26,9 @@ class WorkDir:
         return self.root / "inputs.json"
 
     @property
-    def pulled(self) -> Path:
-        """Folder for what had to be brought here: model/, train-0…, eval."""
-        return self.root / "pulled"
+    def outgoing(self) -> Path:
+        """Copies of files that still grow, while they are sent."""
+        return self.root / "outgoing"
 
     @property
     def resume(self) -> Path:
@@ -95,6 +95,10 @@ class WorkDir:
     def outcome(self, process: str) -> Path:
         """JSON {exit_code, message}: how ``prepare``, ``rank-N`` or ``verify`` ended. Absent if it just vanished."""
         return self.root / "outcomes" / f"{process}.json"
+
+    def pid(self, process: str) -> Path:
+        """The process number of `rank-N`, in decimal."""
+        return self.root / "outcomes" / f"{process}.pid"
 
     # from the supervisor, for the store
     @property

@@ -3,7 +3,7 @@
 import pytest
 
 from job.errors import ERRORS, JobError, SpecInvalid, error_for
-from job.exits import EXITS, ExitCode, JobReaction
+from job.exits import CONTAINER, EXITS, ExitCode, JobReaction, pod_failure_policy
 
 REACTIONS = {
     JobReaction.COMPLETE: {0},
@@ -44,3 +44,15 @@ def test_an_unknown_code_is_an_unclassified_failure(code):
 
 def test_an_invalid_spec_leaves_with_78():
     assert SpecInvalid.exit_code == 78
+
+
+def test_the_policy_of_a_job_says_the_same_as_the_contract():
+    disrupted, ignored, failed = pod_failure_policy()["rules"]
+    assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    for rule, action, reaction in ((ignored, "Ignore", JobReaction.IGNORE), (failed, "FailJob", JobReaction.FAIL)):
+        assert rule["action"] == action
+        codes = rule["onExitCodes"]
+        assert (codes["containerName"], codes["operator"]) == (CONTAINER, "In")
+        assert codes["values"] == sorted(REACTIONS[reaction])
+        # The server takes 1 to 255 unique, sorted codes, and no 0 with In.
+        assert 0 not in codes["values"]

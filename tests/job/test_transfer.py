@@ -1,36 +1,29 @@
-"""Moving bytes: local inputs stay where they are, and a commit is whole or not there, whatever dies and whenever."""
+"""A commit, and a result, is whole or not there, whatever dies and whenever."""
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from job.errors import Conflict, InputMissing, IntegrityFailure, JobError, SpecInvalid
+from job.errors import Conflict, InputMissing, IntegrityFailure
 from job.files import FileEntry
-from job.inputs import Input, Inputs, read_inputs
 from job.layout import COMMIT, MANIFEST, checkpoint_prefix
-from job.spec import JobSpec
 from job.store import DirectoryStore, PreconditionFailed
 from job.transfer import (
-    changed,
     committed,
-    fingerprint,
     newest_verified,
     prune,
     publish,
     pull_checkpoint,
-    pull_inputs,
     push_checkpoint,
     read_manifest,
     verify_manifest,
 )
-from job.workdir import WorkDir
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,15 +31,6 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", "file:out")
-
-
-def spec_of(model: str, train: str, eval: str | None = None) -> JobSpec:
-    return JobSpec.model_validate({"name": "a", "model": model, "data": {"train": train, "eval": eval}})
-
-
-def rows(path: Path, text: str = '{"text": "a"}\n') -> Path:
-    path.write_text(text)
-    return path
 
 
 def sealed(folder: Path, step: int, size: int = 50_000) -> Path:
@@ -64,183 +48,6 @@ def push(store: DirectoryStore, tmp_path: Path, *steps: int, generation: int = 1
 
 def keys(store: DirectoryStore) -> list[str]:
     return [entry.key for entry in store.list("")]
-
-
-# Inputs
-
-
-def test_local_inputs_are_used_where_they_lie(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    train, evaluation = rows(tmp_path / "train.jsonl"), rows(tmp_path / "eval.jsonl")
-    workdir = WorkDir(tmp_path / "work")
-    inputs = pull_inputs(spec_of(str(tiny_llama), "train.jsonl", f"file://{evaluation}"), workdir)
-    assert inputs.model == Input(str(tiny_llama), tiny_llama)
-    assert inputs.train == (Input("train.jsonl", train),)
-    assert inputs.eval == Input(f"file://{evaluation}", evaluation)
-    assert read_inputs(workdir.inputs) == inputs
-    assert not workdir.pulled.exists()
-
-
-def test_a_folder_wins_over_a_hub_id_of_the_same_name(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "name").symlink_to(tiny_llama)
-    rows(tmp_path / "train.jsonl")
-    inputs = pull_inputs(spec_of("org/name", "train.jsonl"), WorkDir(tmp_path / "work"))
-    assert inputs.model.path == tmp_path / "org" / "name"
-
-
-def test_a_tilde_is_the_home_folder(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "model").symlink_to(tiny_llama)
-    rows(tmp_path / "train.jsonl")
-    inputs = pull_inputs(spec_of("~/model", "~/train.jsonl"), WorkDir(tmp_path / "work"))
-    assert inputs.model.path == tmp_path / "model"
-
-
-def test_a_hub_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_looked_for_in_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows(tmp_path / "train.jsonl")
-    code = """
-import sys
-from pathlib import Path
-from job.errors import InputMissing
-from job.spec import JobSpec
-from job.transfer import pull_inputs
-from job.workdir import WorkDir
-spec = JobSpec.model_validate({"name": "a", "model": "org/name", "data": {"train": sys.argv[1]}})
-try:
-    pull_inputs(spec, WorkDir(Path(sys.argv[2])))
-except InputMissing as error:
-    print(error)
-"""
-    said = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "train.jsonl"), str(tmp_path / "work")],
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert "model org/name: HF_HUB_OFFLINE is set" in said.stdout
-
-
-MISSING: list[tuple[str, dict[str, str], type[JobError], list[str]]] = [
-    ("model path", {"model": "/no/model"}, InputMissing, ["model /no/model", "no such folder", "a hub id is org/name"]),
-    ("model word", {"model": "llama"}, InputMissing, ["model llama", "looked for", "a hub id is org/name"]),
-    ("model file", {"model": "train.jsonl"}, InputMissing, ["model train.jsonl: a file", "config.json"]),
-    ("model s3", {"model": "s3://b/m"}, SpecInvalid, ["model s3://b/m", "s3:// needs", "files and folders only"]),
-    ("data", {"train": "nothing.jsonl"}, InputMissing, ["data.train nothing.jsonl: no such file", "looked for"]),
-    ("data folder", {"train": "corpus"}, InputMissing, ["data.train corpus: a folder", "name a file", "part.jsonl"]),
-    ("data s3", {"train": "s3://b/t.jsonl"}, SpecInvalid, ["data.train s3://b/t.jsonl", "s3:// needs"]),
-    ("eval", {"eval": "nothing.jsonl"}, InputMissing, ["data.eval nothing.jsonl: no such file"]),
-    ("file URI", {"train": "file:nothing.jsonl"}, InputMissing, ["data.train file:nothing.jsonl"]),
-    ("elsewhere", {"train": "file://host/x"}, SpecInvalid, ["file://host/x", "file:///PATH"]),
-]
-
-
-@pytest.mark.parametrize(("change", "kind", "words"), [case[1:] for case in MISSING], ids=[case[0] for case in MISSING])
-def test_a_missing_input_is_named_with_what_was_looked_for(
-    change: dict[str, str],
-    kind: type[JobError],
-    words: list[str],
-    tiny_llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows(tmp_path / "train.jsonl")
-    (tmp_path / "corpus").mkdir()
-    rows(tmp_path / "corpus" / "part.jsonl")
-    spec = spec_of(**({"model": str(tiny_llama), "train": "train.jsonl"} | change))
-    with pytest.raises(kind) as refusal:
-        pull_inputs(spec, WorkDir(tmp_path / "work"))
-    assert [word for word in words if word not in str(refusal.value)] == [], str(refusal.value)
-    assert type(refusal.value) is kind
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
-def test_an_input_that_may_not_be_read_is_denied_not_missing(tiny_llama: Path) -> None:
-    code = """
-import os, sys
-from pathlib import Path
-from job.errors import AccessDenied
-from job.spec import JobSpec
-from job.transfer import pull_inputs
-from job.workdir import WorkDir
-os.setuid(65534)
-for key, model, train in (("data.train", "model", "closed.jsonl"), ("data.train", "model", "closed/a.jsonl"),
-                          ("model", "closed/model", "open.jsonl")):
-    folder = Path(sys.argv[1])
-    spec = JobSpec.model_validate({"name": "a", "model": f"{folder}/{model}", "data": {"train": f"{folder}/{train}"}})
-    try:
-        pull_inputs(spec, WorkDir(folder / "work"))
-    except AccessDenied as error:
-        print(key if str(error).startswith(key) else error)
-"""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders belong to one user alone
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "model").mkdir()
-        (folder / "closed").mkdir(mode=0o700)
-        rows(folder / "open.jsonl")
-        rows(folder / "closed.jsonl").chmod(0)
-        command = [sys.executable, "-c", code, name]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.split() == ["data.train", "data.train", "model"], done.stderr
-
-
-def inputs_of(model: Path, train: Path) -> Inputs:
-    return Inputs(Input("base", model), (Input("train.jsonl", train),), None)
-
-
-def test_the_fingerprint_names_every_file_once_with_its_hash(tiny_llama: Path, tmp_path: Path) -> None:
-    found = {record["name"]: record for record in fingerprint(inputs_of(tiny_llama, rows(tmp_path / "t.jsonl")))}
-    assert {"train.jsonl", "base/config.json", "base/model.safetensors", "base/tokenizer.json"} <= set(found)
-    assert found["train.jsonl"]["size"] == 14
-    assert len(found["train.jsonl"]["sha256"]) == 64
-    json.dumps(list(found.values()))
-
-
-def test_a_file_that_kept_its_etag_is_not_hashed_again(tiny_llama: Path, tmp_path: Path) -> None:
-    inputs = inputs_of(tiny_llama, rows(tmp_path / "t.jsonl"))
-    recorded = [record | {"sha256": "kept"} for record in fingerprint(inputs)]
-    assert {record["sha256"] for record in fingerprint(inputs, recorded)} == {"kept"}
-
-
-def test_a_touched_file_is_unchanged_and_an_edited_one_is_named(tiny_llama: Path, tmp_path: Path) -> None:
-    train = rows(tmp_path / "t.jsonl")
-    inputs = inputs_of(tiny_llama, train)
-    recorded = fingerprint(inputs)
-    os.utime(train, ns=(1, 1))
-    assert changed(recorded, fingerprint(inputs, recorded)) == []
-    rows(train, '{"text": "b"}\n')
-    assert changed(recorded, fingerprint(inputs, recorded)) == ["train.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "names"),
-    [
-        ({"etag": "1", "sha256": "a"}, {"etag": "1", "sha256": "a"}, []),
-        ({"etag": "1", "sha256": "a"}, {"etag": "2", "sha256": "a"}, []),
-        ({"etag": "1", "sha256": "a"}, {"etag": "1", "sha256": None}, []),
-        ({"etag": "1", "sha256": "a"}, {"etag": "2", "sha256": "b"}, ["x"]),
-        ({"etag": None, "sha256": None}, {"etag": None, "sha256": None}, ["x"]),
-        (None, {"etag": "1", "sha256": "a"}, ["x"]),
-        ({"etag": "1", "sha256": "a"}, None, ["x"]),
-    ],
-)
-def test_what_counts_as_a_change(
-    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, names: list[str]
-) -> None:
-    assert changed([{"name": "x", **before}] if before else [], [{"name": "x", **now}] if now else []) == names
 
 
 # Checkpoints
@@ -413,7 +220,8 @@ def test_a_published_result_verifies(store: DirectoryStore, tmp_path: Path) -> N
 
 def test_without_a_manifest_there_is_no_result(store: DirectoryStore, tmp_path: Path) -> None:
     assert read_manifest(store) is None
-    store.put(rows(tmp_path / "x"), "adapter_model.safetensors")
+    (tmp_path / "x").write_text("a")
+    store.put(tmp_path / "x", "adapter_model.safetensors")
     assert read_manifest(store) is None
 
 
@@ -450,18 +258,6 @@ def test_a_damaged_result_is_named(damage: str, store: DirectoryStore, tmp_path:
         verify_manifest(store, manifest)
 
 
-def test_a_store_elsewhere_is_verified_by_bringing_its_bytes(store: DirectoryStore, tmp_path: Path) -> None:
-    class Elsewhere(DirectoryStore):
-        def local(self, key: str) -> Path | None:
-            return None
-
-    manifest = publish(store, result(tmp_path), {})
-    verify_manifest(Elsewhere(store.root), manifest)
-    (store.root / "run" / "rng.json").write_text('{"step": 4}')
-    with pytest.raises(IntegrityFailure, match=r"run/rng\.json"):
-        verify_manifest(Elsewhere(store.root), manifest)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": 3}', '{"files": [{"name": "/etc/passwd"}]}'])
 def test_a_manifest_that_cannot_be_understood_is_no_result(text: str, store: DirectoryStore) -> None:
     store.write(MANIFEST, text.encode())
@@ -489,7 +285,7 @@ def test_damage_on_the_way_is_asked_for_once_more(damaged: int, step: int, tmp_p
     for number in (1, 2):
         folder = tmp_path / f"local-{number}"
         folder.mkdir()
-        rows(folder / "only", str(number))
+        (folder / "only").write_text(str(number))
         push_checkpoint(store, folder, number, 1, {})
     store.damaged = damaged
     commit = newest_verified(store, tmp_path / "back")

@@ -1,0 +1,175 @@
+"""The courier carries what a run leaves to the store while it works, in a thread of its own.
+
+Training never waits for the store: while it cannot be reached, sealed checkpoints queue up on disk (a bounded number of
+them) and are committed when it is back.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from job import layout, transfer
+from job.errors import AccessDenied, JobError, TemporaryFailure
+from job.files import read_json
+from job.own import Ownership
+from job.store import Store
+from job.workdir import WorkDir
+
+log = logging.getLogger(__name__)
+
+QUEUED = 3
+"""Sealed checkpoints that wait for the store at most; older ones give way unless all are to be kept."""
+REFUSALS_SECONDS = 900.0
+"""How long a refusal is borne that was none before: credentials are rotated while a run goes on."""
+_WAITS = (0.2, 30.0)
+"""Seconds between two looks for work, and at most between two tries after a failure."""
+
+
+class Courier:
+    """Commits sealed checkpoints, prunes old ones, and keeps the status in the store up to date."""
+
+    def __init__(
+        self,
+        store: Store,
+        ownership: Ownership,
+        workdir: WorkDir,
+        keep: int | Literal["all"],
+        status: Callable[[], bytes],
+        every_seconds: float,
+    ) -> None:
+        """
+        Args:
+            keep: newest commits that pruning leaves, besides the best.
+            status: the run's status as it is now.
+            every_seconds: between two writes of it.
+        """
+        self._store, self._ownership, self._workdir = store, ownership, workdir
+        self._keep, self._status, self._every = keep, status, every_seconds
+        self.committed = 0
+        """Step of the newest commit of this attempt; 0 if there is none."""
+        self._failure: JobError | None = None
+        self._refused_since: float | None = None
+        self._told_at = 0.0
+        self._tell_now = threading.Event()
+        self._leave = threading.Event()
+        self._work = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+
+    def start(self) -> None:
+        """Begins to work."""
+        self._thread.start()
+
+    def tell(self) -> None:
+        """Has the status written soon: the phase is another."""
+        self._tell_now.set()
+
+    def check(self) -> None:
+        """Raises what ends the attempt: the run is another attempt's, or the store refuses for good."""
+        if self._failure is not None:
+            raise self._failure
+
+    def finish(self) -> None:
+        """Commits everything that is sealed, now.
+
+        Raises:
+            TemporaryFailure: the store could not be reached within its patience.
+            JobError: as ``check``.
+        """
+        self.check()
+        with self._work:
+            self._commit_sealed()
+
+    def stop(self) -> None:
+        """Ends the thread; what it is at is not waited for longer than a moment."""
+        self._leave.set()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+
+    def _run(self) -> None:
+        wait = _WAITS[0]
+        while not self._leave.wait(wait):
+            try:
+                with self._work:
+                    self._commit_sealed()
+                    self._tell()
+                self._refused_since, wait = None, _WAITS[0]
+            except (TemporaryFailure, AccessDenied) as error:
+                wait = min(_WAITS[1], max(1.0, 2 * wait))
+                log.warning("%s; %d checkpoints wait, trying again in %.0f s", error, len(self._waiting()), wait)
+                if self._is_refused_for_good(error):
+                    self._failure = error
+                    return
+                self._bound_queue()
+            except JobError as error:
+                self._failure = error
+                return
+            except OSError as error:  # the work directory is taken away while the attempt ends
+                log.debug("courier: %s", error)
+
+    def _is_refused_for_good(self, error: JobError) -> bool:
+        if not isinstance(error, AccessDenied):
+            self._refused_since = None
+            return False
+        self._refused_since = self._refused_since or time.monotonic()
+        return time.monotonic() - self._refused_since > REFUSALS_SECONDS
+
+    def _tell(self) -> None:
+        if self._tell_now.is_set() or time.monotonic() - self._told_at > self._every:
+            self._tell_now.clear()
+            self._told_at = time.monotonic()
+            self._store.write(layout.STATUS, self._status())
+
+    def _waiting(self) -> list[Path]:
+        """Sealed checkpoints that are not in the store yet, oldest first."""
+        if not self._workdir.checkpoints.exists():
+            return []
+        sealed = [path for path in self._workdir.checkpoints.iterdir() if layout.parse_checkpoint(path.name)]
+        return sorted(sealed, key=lambda path: layout.parse_checkpoint(path.name) or (0, 0))
+
+    def _bound_queue(self) -> None:
+        if self._keep == "all":
+            return
+        for folder in self._waiting()[: -max(QUEUED, self._keep)]:
+            log.warning("%s was never sent: newer ones wait for the store too", folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _commit_sealed(self) -> None:
+        for folder in self._waiting():
+            self._ownership.check()
+            state = read_json(folder / layout.CHECKPOINT_STATE)
+            extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
+            # Before the marker: who resumes from it must find the lines of every step that led to it.
+            self.push_metrics()
+            transfer.push_checkpoint(self._store, folder, state["step"], self._ownership.generation, extra)
+            shutil.rmtree(folder, ignore_errors=True)
+            self.committed = max(self.committed, state["step"])
+            log.info("committed the checkpoint of step %d", state["step"])
+            transfer.prune(self._store, self._keep, _best(self._store))
+
+    def push_metrics(self) -> None:
+        """Sends metrics and log as they are."""
+        for path, key in ((self._workdir.metrics, layout.METRICS), (self._workdir.log, layout.TRAINING_LOG)):
+            if path.exists():
+                send_copy(self._store, path, key, self._workdir.outgoing)
+
+
+def send_copy(store: Store, path: Path, key: str, folder: Path) -> None:
+    """Sends a file that may grow meanwhile, as it is now."""
+    folder.mkdir(exist_ok=True)
+    copy = folder / path.name
+    shutil.copyfile(path, copy)
+    store.put(copy, key)
+
+
+def _best(store: Store) -> int | None:
+    """Step of the committed checkpoint with the lowest evaluation loss; None if none was measured."""
+    measured: list[tuple[Any, int]] = [
+        (commit.record["eval_loss"], commit.step)
+        for commit in transfer.committed(store)
+        if commit.record.get("eval_loss")
+    ]
+    return min(measured)[1] if measured else None
