@@ -8,7 +8,20 @@ TORCH := torch==2.13.0
 # The machine's cores are shared by the test processes; each has one thread.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help set-up run test test-slow test-others check format docs clean
+# Images. Where no registry is reached `make base-image` makes the base; what pip needs to reach its index is passed on.
+BUILDER ?= $(firstword $(notdir $(shell command -v buildah podman docker)))
+IMAGE ?= localhost/tunejob:test
+STORE_IMAGE := localhost/seaweedfs:test
+VARIANT ?= cpu
+BASE_IMAGE ?= $(if $(wildcard build/base-image),localhost/python:3.11-slim,python:3.11-slim)
+# A setting of pip, from its environment or its files.
+pip_setting = $(firstword $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p"))
+CA ?= $(call pip_setting,cert)
+WHEELS ?= $(call pip_setting,find-links)
+BUILD := $(BUILDER) $(if $(filter docker,$(BUILDER)),buildx build --load,build --isolation chroot --layers)
+
+.PHONY: help set-up run test test-slow test-others test-image test-cluster test-cluster-full check format docs lock \
+	base-image image image-store clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -31,7 +44,7 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 --dist worksteal -m 'not slow and not others'
+	$(TEST) -n 2 --dist worksteal -m 'not slow and not others and not image and not cluster'
 
 test-slow: $(READY) models/SmolLM2-135M-Instruct  ## the tests that train the small model for minutes
 	$(TEST) -m slow
@@ -40,17 +53,62 @@ test-others: $(READY)  ## the tests beside other trainers
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[others]' -c docker/constraints.txt
 	$(TEST) -m others
 
+test-image: $(READY)  ## the tests of the image that `make image` built
+	$(TEST) -m image
+
+test-cluster: $(READY) models/SmolLM2-135M-Instruct  ## the tests on a real cluster that CI runs (CONTRIBUTING.md)
+	$(TEST) -m 'cluster and not full'
+
+test-cluster-full: $(READY) models/SmolLM2-135M-Instruct  ## all of them, with faults that take minutes
+	$(TEST) -m cluster
+
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile tests/cluster/store/Dockerfile
 
 format: $(READY)  ## put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: $(READY)  ## resolve again what the image installs, with hashes; needs a wheel of torch for the CPU (WHEELS=DIR)
+	$(BIN)/python docker/lock.py --find-links '$(WHEELS)'
+
+image: build/images  ## build the image and print its size; VARIANT=cuda for GPUs
+	$(BUILD) --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg VARIANT=$(VARIANT) \
+	    --build-arg TORCH_INDEX_URL='$(TORCH_INDEX_URL)' --build-arg VERSION=$(shell git describe --always --dirty) \
+	    --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg CREATED=$(shell git log -1 --format=%cI) \
+	    $(if $(CA),--secret id=ca$(comma)src=$(CA)) $(if $(wildcard $(WHEELS)),--build-context wheels=$(WHEELS)) .
+	$(call archive,$(IMAGE),tunejob)
+	$(PYTHON) docker/sizes.py build/images/tunejob.tar
+
+image-store: $(READY) build/images  ## build the image of the store that the cluster tests run
+	rm -rf build/store && mkdir -p build/store && cp -L $(BIN)/weed build/store/weed
+	$(BUILD) --file tests/cluster/store/Dockerfile --tag $(STORE_IMAGE) build/store
+	$(call archive,$(STORE_IMAGE),seaweedfs)
+
+base-image: build/base-image  ## make a base image out of Debian's packages, where no registry is reached
+
+build/base-image:
+	rm -rf build/rootfs && mkdir -p build/context
+	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/rootfs
+	tar -C build/rootfs --numeric-owner --exclude='./dev/*' --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' -cf build/context/rootfs.tar .
+	printf 'FROM scratch\nADD rootfs.tar /\n' > build/context/Dockerfile
+	$(BUILD) --file build/context/Dockerfile --tag localhost/python:3.11-slim build/context
+	rm -rf build/rootfs build/context
+	touch $@
+
+build/images:
+	mkdir -p $@
+
+comma := ,
+# Image, name of the archive. An archive that exists is not overwritten by buildah.
+archive = rm -f build/images/$(2).tar && $(if $(filter docker,$(BUILDER)),docker save -o build/images/$(2).tar $(1),$\
+	$(BUILDER) push --quiet $(1) docker-archive:build/images/$(2).tar:$(1))
+
 docs: $(READY)  ## write again what is made out of the code: schemas and reference tables
 	$(BIN)/python -m launcher.documents
 
 clean:  ## remove the environment and every cache; runs and models stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

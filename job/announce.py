@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 LOG_FORMAT = "TUNEJOB_LOG"
 """Environment variable: `json` for lines of JSON on stdout that tell the progress; else it is told to people."""
-TERMINATION_LOG = Path("/dev/termination-log")
-"""Where Kubernetes takes a container's last word from."""
+TERMINATION_LOG = "TUNEJOB_TERMINATION_LOG"
+"""Environment variable: the pod's ``terminationMessagePath``, where Kubernetes takes a container's last word from;
+/dev/termination-log unless the manifest says otherwise."""
 TERMINATION_BYTES = 4096
 
 _EVERY_SECONDS = 10.0
@@ -52,7 +53,7 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def leave_word(status: Status, manifest_sha256: str | None, seconds: float, path: Path = TERMINATION_LOG) -> None:
+def leave_word(status: Status, manifest_sha256: str | None, seconds: float) -> None:
     """Writes the attempt's last word where the kubelet reads it: one line of JSON, at most 4 KiB. Nothing elsewhere.
 
     Args:
@@ -78,6 +79,7 @@ def leave_word(status: Status, manifest_sha256: str | None, seconds: float, path
     while len(line) > TERMINATION_BYTES:
         word["message"] = str(word["message"])[: -max(1, (len(line) - TERMINATION_BYTES) // 6) - 1] + "…"
         line = _line(word)
+    path = Path(os.environ.get(TERMINATION_LOG) or "/dev/termination-log")
     with suppress(OSError):
         if path.exists():
             path.write_bytes(line)
@@ -113,7 +115,7 @@ class Announcer:
         self._say_json(word)
         if word.get("phase") == "pull":
             return
-        if word.get("phase") != "train" or not word.get("steps"):
+        if word.get("phase") != "train" or "loss" not in word:
             self._phase(word)
         elif sys.stderr.isatty() and not speaks_json():
             self._show_bar(word)

@@ -17,10 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.child import SUPERVISOR
 from job.process import this_process
 from job.workdir import WorkDir
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class Child:
             errors="replace",
             start_new_session=True,
         )
+        self._is_muted = False
         self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True, name="child-output")
         self._reader.start()
 
@@ -76,7 +81,7 @@ class Child:
         if self._process.stdout is None:
             return
         for line in self._process.stdout:
-            if line.strip() and not line.startswith(_NOISE):
+            if line.strip() and not line.startswith(_NOISE) and not self._is_muted:
                 on_line(line.rstrip())
 
     def wait(self, seconds: float) -> int | None:
@@ -90,25 +95,47 @@ class Child:
         return code
 
     def dump_stacks(self, pid_file: Path) -> None:
-        """Has a process of the group write the stacks of its threads to its output."""
+        """Has a process below ours write the stacks of its threads to its output."""
         with suppress(OSError, ValueError):
             pid = int(pid_file.read_text(encoding="ascii"))
-            if os.getpgid(pid) == self._process.pid:
-                os.kill(pid, signal.SIGUSR1)
+            for process in self._family():
+                if process.pid == pid:
+                    process.send_signal(signal.SIGUSR1)
 
     def end(self, grace_seconds: float) -> None:
-        """Ends the whole group: SIGTERM, and SIGKILL for what is left after ``grace_seconds``."""
+        """Ends the process and everything below it: SIGTERM, and SIGKILL for what is left after ``grace_seconds``.
+
+        What it says from then on is not passed on: launchers answer the request with tracebacks of their own.
+        """
+        self._is_muted = self._process.poll() is None
+        family = self._family()
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_seconds
         while self._alive() and time.monotonic() < deadline:
             self._process.poll()
             time.sleep(0.05)
-        self._signal(signal.SIGKILL)
+        self._kill(family)
         self._process.wait()
 
     def kill(self) -> None:
-        """Ends the whole group at once, without waiting for it."""
+        """Ends the process and everything below it at once, without waiting."""
+        self._kill(self._family())
+
+    def _family(self) -> "list[psutil.Process]":
+        """Every process below ours; torchrun gives each rank a session, and so a group, of its own."""
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._process.pid).children(recursive=True)
+        return []
+
+    def _kill(self, family: "list[psutil.Process]") -> None:
+        import psutil
+
         self._signal(signal.SIGKILL)
+        for process in family:
+            with suppress(psutil.NoSuchProcess):  # told from another of the same number by its start
+                process.kill()
 
     def _alive(self) -> bool:
         try:

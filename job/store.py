@@ -1,16 +1,13 @@
-"""Where bytes live: one small interface, and the directory behind it. The only door to a store's bytes.
+"""Where bytes live: one small interface, and what every store behind it shares. The only door to a store's bytes.
 
 Keys are relative to the store's prefix, '/' between parts. Every object appears whole or not at all, whatever dies.
 """
 
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,14 +25,11 @@ from job.errors import (
     SpecInvalid,
     TemporaryFailure,
 )
-from job.files import FileEntry, entry_of, fsync_path
+from job.files import FileEntry, fsync_path
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 4 << 20
-LOCK_SECONDS = 30.0
-_SCRATCH = ".part"
-_LOCK = "run/.lock"
+SCRATCH = ".part"
 _PROBE = "run/probe-"
 
 
@@ -84,7 +78,10 @@ class Store(Protocol):
         """
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every object whose key begins with ``prefix``, sorted by key."""
+        """Every object whose key begins with ``prefix``, sorted by key.
+
+        What no store of ours would hold is left out: markers of folders, names that begin with '.', ``..``.
+        """
 
     def stat(self, key: str) -> Entry | None:
         """What the listing would show of one key; None only if it is proven absent."""
@@ -108,7 +105,7 @@ def local_path(uri: str) -> Path | None:
     Raises:
         SpecInvalid: a ``file:`` URI names another machine.
     """
-    if "://" not in uri and not uri.startswith("file:"):
+    if "://" not in uri and not uri.startswith(("file:", "s3:")):
         return Path(os.path.abspath(Path(uri).expanduser()))
     parts = urlsplit(uri)
     if parts.scheme != "file":
@@ -122,16 +119,19 @@ def open_store(uri: str) -> Store:
     """The store a URI names; nothing is read or made yet.
 
     Raises:
-        SpecInvalid: the scheme is not one this version can open.
+        SpecInvalid: no store can be opened by this URI, or its client is not installed.
     """
     path = local_path(uri)
     if path is not None:
+        from job.directory import DirectoryStore
+
         return DirectoryStore(path, uri)
-    scheme = uri.split("://")[0]
-    raise SpecInvalid(
-        f"{uri}: {scheme}:// needs a client this version does not have: it reads and writes directories only; "
-        "name a folder, or file:///PATH"
-    )
+    if uri.startswith("s3:"):
+        from job.s3 import S3Store  # brings boto3, which a run without s3:// needs neither time nor memory for
+
+        return S3Store(uri)
+    plain = uri.split("?")[0]  # a presigned address carries its key behind the question mark
+    raise SpecInvalid(f"{plain}: no store is opened by {uri.split('://')[0]}://; name s3://BUCKET/PREFIX or a folder")
 
 
 def to_json(value: Any) -> bytes:
@@ -150,9 +150,14 @@ def from_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
+def is_key(text: str) -> bool:
+    """Whether a key's parts are all names: none empty, none beginning with '.', so that nothing leaves the prefix."""
+    return "\0" not in text and "\\" not in text and all(part and part[0] != "." for part in text.split("/"))
+
+
 def checked(key: str) -> str:
     """The key itself. Raises IntegrityFailure if it could leave the store's prefix or meet a scratch file."""
-    if "\0" in key or "\\" in key or any(not part or part.startswith(".") for part in key.split("/")):
+    if not is_key(key):
         raise IntegrityFailure(f"{key!r} is no key of a store: its parts are names, none of them begins with '.'")
     return key
 
@@ -224,177 +229,44 @@ def translated(what: str, folder: Path, needed: int | None = None) -> Iterator[N
         raise foreseen(error, what, folder, needed) from error
 
 
-class DirectoryStore:
-    """A store that is a folder of this machine, or one mounted here."""
-
-    def __init__(self, root: Path, uri: str | None = None) -> None:
-        self.root = root
-        self.uri = uri if uri is not None else str(root)
-
-    def __repr__(self) -> str:
-        return f"DirectoryStore({self.uri!r})"
-
-    def get(self, key: str, to: Path) -> FileEntry:
-        source = self._path(key)
-        with translated(f"{self._name(key)}: cannot be read", source.parent), source.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            with translated(f"{self._name(key)}: cannot be brought here", to.parent, size):
-                return _install(to, lambda out: _copy(stream, out, key))
-
-    def put(self, path: Path, key: str) -> FileEntry:
-        target = self._path(key)
-        with translated(f"{path}: cannot be read", path.parent), path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            with translated(f"{self._name(key)}: cannot be written", target.parent, size):
-                return _install(target, lambda out: _copy(stream, out, key))
-
-    def read(self, key: str) -> tuple[bytes, str] | None:
-        path = self._path(key)
-        with translated(f"{self._name(key)}: cannot be read", path.parent):
-            try:
-                with path.open("rb") as stream:
-                    return stream.read(), etag_of(os.fstat(stream.fileno()))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        path = self._path(key)
-        with translated(f"{self._name(key)}: cannot be written", path.parent, len(data)), self._lock():
-            present = self.stat(key)
-            if (if_absent and present) or (if_match is not None and (present is None or present.etag != if_match)):
-                raise PreconditionFailed(f"{self._name(key)}: {'has changed' if present else 'is gone'} meanwhile")
-            _install(path, lambda out: out.write(data), newer_than=path.stat().st_mtime_ns if present else 0)
-            return etag_of(path.stat())
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
-        keys = (path.relative_to(self.root).as_posix() for path in _files(folder, f"{self._name(prefix)}: cannot list"))
-        wanted = (key for key in keys if key.startswith(prefix) and not Path(key).name.startswith("."))
-        for key in sorted(wanted):
-            entry = self.stat(key)
-            if entry is not None:
-                yield entry
-
-    def stat(self, key: str) -> Entry | None:
-        path = self._path(key)
-        with translated(f"{self._name(key)}: cannot be looked at", path.parent):
-            try:
-                status = path.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            return Entry(key, status.st_size, etag_of(status)) if path.is_file() else None
-
-    def delete(self, key: str) -> None:
-        path = self._path(key)
-        with translated(f"{self._name(key)}: cannot be deleted", path.parent):
-            try:
-                path.unlink()
-                fsync_path(path.parent)
-            except (FileNotFoundError, NotADirectoryError):
-                return
-            self._drop_empty_folders(path.parent)
-
-    def sweep(self, prefix: str) -> int:
-        folder = self._path(prefix.rstrip("/")) if prefix else self.root
-        files = _files(folder, f"{self._name(prefix)}: cannot list")
-        left = [path for path in files if path.name.startswith(".") and path.name.endswith(_SCRATCH)]
-        for path in left:
-            with translated(f"{path}: cannot be deleted", path.parent):
-                path.unlink(missing_ok=True)
-                self._drop_empty_folders(path.parent)
-        return len(left)
-
-    def digest(self, key: str) -> FileEntry:
-        path = self._path(key)
-        with translated(f"{self._name(key)}: cannot be read", path.parent):
-            return entry_of(path, key)
-
-    def hurry(self, until: float) -> None:
-        pass  # a folder is never asked twice
-
-    def _path(self, key: str) -> Path:
-        return self.root / checked(key)
-
-    def _name(self, key: str) -> str:
-        return f"{self.uri.rstrip('/')}/{key}"
-
-    def _drop_empty_folders(self, folder: Path) -> None:
-        while folder != self.root and self.root in folder.parents:
-            try:
-                folder.rmdir()
-            except OSError:  # not empty, or a neighbour was faster: both mean stop
-                return
-            folder = folder.parent
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Only one process of those that see this folder is inside. The kernel lets go of it when a process dies."""
-        path = self.root / _LOCK
-        _make_folder(path.parent)
-        deadline = time.monotonic() + LOCK_SECONDS
-        with path.open("ab") as stream:
-            while True:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise TemporaryFailure(f"{path}: locked by another process for {LOCK_SECONDS:g} s") from None
-                    time.sleep(0.01)
-            yield
-
-
 def probe(store: Store) -> bool:
     """Whether the store keeps conditions on writes; what it cannot do at all is raised.
 
     Raises:
-        AccessDenied, DiskFailure: naming whether writing, reading or deleting is refused.
-        IntegrityFailure: it gave back other bytes than were written.
+        AccessDenied, DiskFailure: naming whether writing, reading, listing or deleting is refused.
+        IntegrityFailure: it gave back other bytes than were written, or does not list them.
     """
     key, data = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(32)
-    store.write(key, data, if_absent=True)
-    try:
+    with suppress(PreconditionFailed):  # a first try of this very write may have landed and its reply been lost
         store.write(key, data, if_absent=True)
-        keeps_conditions = False
-    except PreconditionFailed:
-        keeps_conditions = True
-    found = store.read(key)
+    keeps_conditions = _refuses(store, key, data, if_absent=True) and _refuses(store, key, data, if_match="0" * 32)
+    found, listed = store.read(key), any(entry.key == key for entry in store.list(key))
     store.delete(key)
     if found is None or found[0] != data:
         raise IntegrityFailure(f"{store.uri}: does not give back what was just written ({key}); is it a cache?")
+    if not listed:
+        raise IntegrityFailure(f"{store.uri}: does not list what was just written ({key}); is it a cache?")
     return keeps_conditions
 
 
-def _files(folder: Path, what: str) -> Iterator[Path]:
-    """Every file below a folder, scratch included; none if there is no folder."""
-
-    def refuse(error: OSError) -> None:
-        # Only "is not there" may be read as "holds nothing".
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise foreseen(error, what, folder) from error
-
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(parent, name) for name in names)
+def _refuses(store: Store, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> bool:
+    """Whether a write is refused whose condition does not hold."""
+    try:
+        store.write(key, data, if_absent=if_absent, if_match=if_match)
+    except PreconditionFailed:
+        return True
+    return False
 
 
-def _copy(stream: BinaryIO, out: BinaryIO, name: str) -> FileEntry:
-    digest, size = hashlib.sha256(), 0
-    while chunk := stream.read(CHUNK_BYTES):
-        digest.update(chunk)
-        out.write(chunk)
-        size += len(chunk)
-    return FileEntry(name, size, digest.hexdigest())
-
-
-def _install(path: Path, fill: Callable[[BinaryIO], T], newer_than: int = 0) -> T:
+def install(path: Path, fill: Callable[[BinaryIO], T], newer_than: int = 0) -> T:
     """Fills a scratch file, flushes it to disk and puts it in place of ``path`` at once.
 
     Args:
         newer_than: a time in nanoseconds that the file's own must exceed. Clocks of file systems tick slowly (4 ms is
             common), so that two writes of one size could share an etag.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_SCRATCH}")
-    _make_folder(path.parent)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SCRATCH}")
+    make_folder(path.parent)
     try:
         with scratch.open("xb") as out:
             result = fill(out)
@@ -413,7 +285,7 @@ def _install(path: Path, fill: Callable[[BinaryIO], T], newer_than: int = 0) -> 
     return result
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Makes a folder and its parents, names flushed to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

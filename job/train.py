@@ -56,6 +56,8 @@ class Worker:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     last_word: float = 0.0
+    position: dict[str, int] = field(default_factory=dict)
+    """Step and steps, once they are known; part of every word."""
     resumed_tokens: int = 0
     """Tokens that earlier attempts trained on."""
 
@@ -82,7 +84,7 @@ class Worker:
         """Leaves the latest word on progress."""
         if self.is_first:
             self.last_word = time.monotonic()
-            write_json(self.workdir.progress, word)
+            write_json(self.workdir.progress, self.position | word)
 
     def pulse(self) -> None:
         """Shows the supervisor that something goes on, where there is nothing to say."""
@@ -111,6 +113,7 @@ def run(workdir: WorkDir) -> ExitCode:
         model = add_adapter(base, spec, placement)
         base_biases = evaluate.trained_biases(model)
         loop, choice = _ready(worker, model, order)
+    worker.position = {"step": loop.progress.step, "steps": order.steps}
     with worker.phase("train"):
         finished = _train(worker, loop, choice)
     if not finished:
@@ -376,8 +379,9 @@ class _Metrics:
         }
         if self._worker.is_first and (progress.step % every == 0 or progress.step == 1 or last):
             _append(self._worker.workdir.metrics, word)
+        self._worker.position = {"step": progress.step, "steps": order.steps}
         if last or time.monotonic() - self._worker.last_word > 0.3:
-            self._worker.tell(phase="train", steps=order.steps, **word)
+            self._worker.tell(phase="train", **word)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
@@ -413,7 +417,8 @@ def main() -> int:
     code = record(workdir.outcome(process), body, as_torch_failure)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return code
+    # A rank that left on request is no failure to torchrun, which would say so at length.
+    return 0 if code == ExitCode.INTERRUPTED else code
 
 
 if __name__ == "__main__":

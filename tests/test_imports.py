@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_SIDE = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy"}
 STORE_SIDE = {
     "job.store",
+    "job.directory",
+    "job.s3",
+    "job.s3_ask",
+    "job.s3_client",
+    "job.s3_errors",
     "job.transfer",
     "job.own",
     "job.ledger",
@@ -30,7 +35,13 @@ READERS = {"launcher.results", "launcher.folders"}
 SUPERVISOR = {"job.__main__", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
 WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verify", "job.model", "job.loop"}
 
-ONLY = {"boto3": {"job.store"}, "botocore": {"job.store"}, "yaml": {"job.strict_yaml"}, "pytest": set[str]()}
+ONLY = {
+    "boto3": {"job.s3_client"},
+    "botocore": {"job.s3", "job.s3_client", "job.s3_errors"},
+    "s3transfer": {"job.s3", "job.s3_client", "job.s3_errors"},
+    "yaml": {"job.strict_yaml"},
+    "pytest": set[str](),
+}
 """Package -> the only modules of ours that may import it."""
 
 Modules = dict[str, set[str]]

@@ -13,14 +13,21 @@ from job.exits import ExitCode
 from job.status import Status
 
 
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "log"
+    monkeypatch.setenv("TUNEJOB_TERMINATION_LOG", str(path))
+    return path
+
+
 def last_word(path: Path, message: str, code: int = 76) -> bytes:
     path.touch()
-    leave_word(Status("toy-1", 3, "publish", 6, 6, 4, exit_code=code, message=message), "abc", 12.34, path)
+    leave_word(Status("toy-1", 3, "publish", 6, 6, 4, exit_code=code, message=message), "abc", 12.34)
     return path.read_bytes()
 
 
-def test_the_last_word_is_one_line_that_says_how_it_ended(tmp_path: Path) -> None:
-    line = last_word(tmp_path / "log", 'two\nlines, "quoted", ほげ')
+def test_the_last_word_is_one_line_that_says_how_it_ended(log: Path) -> None:
+    line = last_word(log, 'two\nlines, "quoted", ほげ')
     assert line.count(b"\n") == 1
     assert json.loads(line) == {
         "run": "toy-1",
@@ -38,21 +45,21 @@ def test_the_last_word_is_one_line_that_says_how_it_ended(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("letter", ["x", "あ", "\n", "\x00", '"'])
-def test_a_long_message_is_cut_and_the_line_stays_json(letter: str, tmp_path: Path) -> None:
-    line = last_word(tmp_path / "log", letter * 9000)
+def test_a_long_message_is_cut_and_the_line_stays_json(letter: str, log: Path) -> None:
+    line = last_word(log, letter * 9000)
     assert len(line) <= TERMINATION_BYTES
     assert json.loads(line)["message"].startswith(letter * 400)
 
 
 @pytest.mark.parametrize("code", ExitCode)
-def test_every_code_has_its_name_in_the_last_word(code: ExitCode, tmp_path: Path) -> None:
-    word = json.loads(last_word(tmp_path / "log", "", int(code)))
+def test_every_code_has_its_name_in_the_last_word(code: ExitCode, log: Path) -> None:
+    word = json.loads(last_word(log, "", int(code)))
     assert (word["code"], word["name"]) == (int(code), code.name)
 
 
-def test_where_there_is_no_such_file_none_is_made(tmp_path: Path) -> None:
-    leave_word(Status("toy", 1, "own", exit_code=0), None, 1.0, tmp_path / "log")
-    assert not (tmp_path / "log").exists()
+def test_where_there_is_no_such_file_none_is_made(log: Path) -> None:
+    leave_word(Status("toy", 1, "own", exit_code=0), None, 1.0)
+    assert not log.exists()
 
 
 TALK = """

@@ -10,9 +10,9 @@ import pytest
 
 from job import courier, layout, transfer
 from job.courier import Courier
+from job.directory import DirectoryStore
 from job.errors import AccessDenied, Fenced, IntegrityFailure, JobError, TemporaryFailure
 from job.own import Ownership, claim
-from job.store import DirectoryStore
 from job.workdir import WorkDir
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from job.directory import DirectoryStore
 from job.errors import AccessDenied, DiskFailure, InputMissing, IntegrityFailure, SpecInvalid, TemporaryFailure
 from job.store import (
-    DirectoryStore,
     PreconditionFailed,
     checked,
     foreseen,
@@ -84,11 +84,18 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_path("~/runs") == Path("/home/mika/runs")
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/prefix", "gs://bucket", "file://elsewhere/path"])
-def test_what_this_version_cannot_open_is_refused_by_name(uri: str) -> None:
+@pytest.mark.parametrize("uri", ["gs://bucket", "ftp://host/x", "file://elsewhere/path"])
+def test_what_cannot_be_opened_is_refused_by_name(uri: str) -> None:
     with pytest.raises(SpecInvalid) as refusal:
         open_store(uri)
     assert str(refusal.value).startswith(uri)
+
+
+def test_a_presigned_address_is_refused_without_its_signature() -> None:
+    with pytest.raises(SpecInvalid, match="https://bucket/a.jsonl: ") as refusal:
+        open_store("https://bucket/a.jsonl?X-Amz-Credential=AKIAEXAMPLE&X-Amz-Signature=0123456789abcdef")
+    assert "0123456789abcdef" not in str(refusal.value)
+    assert "AKIAEXAMPLE" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,6 @@ def test_a_missing_object_is_missing_to_get_and_none_to_read_and_stat(store: Dir
         store.get("nothing/here", tmp_path / "x")
     assert store.read("nothing/here") is None
     assert store.stat("nothing/here") is None
-    assert store.local("nothing/here") is None
     assert list(store.list("")) == []
     store.delete("nothing/here")
     assert not (tmp_path / "x").exists()
@@ -152,11 +158,13 @@ def test_deleting_is_idempotent_and_leaves_no_empty_folder(store: DirectoryStore
     assert store.stat("a/d") is not None
 
 
-def test_local_is_where_the_bytes_lie(store: DirectoryStore) -> None:
+def test_a_digest_is_that_of_the_bytes_as_they_lie_there(store: DirectoryStore) -> None:
     store.write("a/b", b"bytes")
-    path = store.local("a/b")
-    assert path is not None
-    assert path.read_bytes() == b"bytes"
+    (store.root / "a" / "b").write_bytes(b"other")
+    found = store.digest("a/b")
+    assert (found.name, found.size, found.sha256) == ("a/b", 5, hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(InputMissing, match="file:out/nothing"):
+        store.digest("nothing")
 
 
 def test_sweep_removes_what_a_killed_put_left_and_nothing_else(store: DirectoryStore) -> None:
@@ -201,7 +209,7 @@ def test_a_write_is_newer_than_what_it_replaces_whatever_the_clock_says(store: D
 ALTERNATE = """
 import sys
 from pathlib import Path
-from job.store import DirectoryStore
+from job.directory import DirectoryStore
 store = DirectoryStore(Path(sys.argv[1]))
 for turn in range(60):
     store.put(Path(sys.argv[2 + turn % 2]), "a")
@@ -226,7 +234,8 @@ def test_a_reader_sees_the_old_object_or_the_new_one_and_never_half(store: Direc
 RACE = """
 import sys
 from pathlib import Path
-from job.store import DirectoryStore, PreconditionFailed
+from job.directory import DirectoryStore
+from job.store import PreconditionFailed
 root, name, condition = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 store = DirectoryStore(root)
 sys.stdin.readline()
@@ -306,7 +315,7 @@ NO_ROOM = """
 import resource, sys
 from pathlib import Path
 from job.errors import DiskFailure
-from job.store import DirectoryStore
+from job.directory import DirectoryStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 store = DirectoryStore(Path(sys.argv[1]), "file:out")
 try:
@@ -329,7 +338,8 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 from job.errors import AccessDenied
-from job.store import DirectoryStore, probe
+from job.directory import DirectoryStore
+from job.store import probe
 store = DirectoryStore(Path(sys.argv[1]), "file:out")
 os.setuid(65534)  # only now: the user nobody may not read the interpreter everywhere
 calls = {

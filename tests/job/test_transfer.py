@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from job.directory import DirectoryStore
 from job.errors import Conflict, InputMissing, IntegrityFailure
 from job.files import FileEntry
 from job.layout import COMMIT, MANIFEST, checkpoint_prefix
-from job.store import DirectoryStore, PreconditionFailed
+from job.store import PreconditionFailed
 from job.transfer import (
     committed,
     newest_verified,
@@ -299,7 +300,7 @@ def test_damage_on_the_way_is_asked_for_once_more(damaged: int, step: int, tmp_p
 KILLED = """
 import itertools, json, os, resource, shutil, signal, sys, threading
 from pathlib import Path
-from job.store import DirectoryStore
+from job.directory import DirectoryStore
 from job.transfer import committed, newest_verified, prune, publish, push_checkpoint, read_manifest, verify_manifest
 
 what, root, files = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])

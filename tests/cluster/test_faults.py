@@ -1,0 +1,130 @@
+"""What happens to nodes, stores and volumes while a run is at it. By hand: make test-cluster-full."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.bucket import BUCKET
+from tests.cluster.kubectl import manifest, wait_for
+from tests.cluster.running import CLAIM, Ended, KubeJob, Lab, Pod, lacking, tiny_spec
+
+pytestmark = [pytest.mark.cluster, pytest.mark.full]
+
+
+def undisturbed_but(straight: Ended, lab: Lab, output: str, **changes: Any) -> KubeJob:
+    """The run of ``straight``, to another place."""
+    return lab.job(straight.kube_job.spec, output=f"s3://{BUCKET}/{output}", **changes)
+
+
+def assert_ends_like(straight: Ended, ended: Ended) -> None:
+    """Complete, with the same losses and, byte for byte, the same adapter."""
+    ended.completed()
+    results, theirs = ended.kube_job.results, straight.kube_job.results
+    assert results.losses() == theirs.losses()
+    assert results.adapter() == theirs.adapter()
+
+
+def reached(kube_job: KubeJob, condition: Callable[[dict[str, Any]], bool], what: str) -> Pod:
+    """The running pod, once one of its lines of progress meets the condition. Asks the pod, not the store."""
+
+    def look() -> Pod | None:
+        pod = kube_job.running()
+        return pod if pod and any(condition(line) for line in kube_job.progress(pod)) else None
+
+    return wait_for(look, what, kube_job.story)
+
+
+def test_scratch_nearly_full_is_74_before_the_kubelet_evicts(lab: Lab, tmp_path: Path) -> None:
+    big = tmp_path / "big.jsonl"
+    row = json.dumps({"prompt": "a", "completion": "b" * 1000}) + "\n"
+    big.write_text(row * (62 * 2**20 // len(row)), encoding="utf-8")
+    lab.bucket.put(big, "data/big.jsonl")
+    spec = tiny_spec("full", data={"train": f"s3://{BUCKET}/data/big.jsonl"})
+    ended = lab.job(spec, scratch_limit="64Mi", backoff_limit=0).run()
+    pod = ended.failed("BackoffLimitExceeded")
+    assert (pod.code, pod.said["name"]) == (74, "DISK"), ended.kube_job.story()
+    assert pod.manifest["status"].get("reason") != "Evicted"
+
+
+def test_a_store_stopped_in_training_costs_nothing(lab: Lab, straight: Ended) -> None:
+    kube_job = undisturbed_but(straight, lab, "store-stopped")
+    kube_job.apply()
+    wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
+    with lab.bucket.stopped():
+        reached(kube_job, lambda line: line["phase"] == "evaluate", "end of the training without a store")
+    ended = kube_job.ended()
+    ended.only_pod()
+    assert_ends_like(straight, ended)
+
+
+def test_a_store_stopped_at_publish_is_waited_for(lab: Lab, straight: Ended) -> None:
+    kube_job = undisturbed_but(straight, lab, "publish-stopped")
+    kube_job.apply()
+    reached(kube_job, lambda line: line["phase"] == "verify", "verification")
+    with lab.bucket.stopped():
+        reached(kube_job, lambda line: line["phase"] == "publish", "publication")
+        assert kube_job.running()
+    ended = kube_job.ended()
+    ended.only_pod()
+    assert_ends_like(straight, ended)
+
+
+def test_a_node_drained_while_publishing_costs_no_training(lab: Lab, straight: Ended) -> None:
+    kube_job = undisturbed_but(straight, lab, "drained")
+    kube_job.apply()
+    first = reached(kube_job, lambda line: line["phase"] == "verify", "verification")
+    node = first.manifest["spec"]["nodeName"]
+    with lab.bucket.stopped():  # so that the publication lasts until the node is drained
+        reached(kube_job, lambda line: line["phase"] == "publish", "publication")
+        try:
+            selector = f"batch.kubernetes.io/job-name={kube_job.name}"
+            lab.kubectl("drain", node, f"--pod-selector={selector}", "--force", "--timeout=60s")
+        finally:
+            lab.kubectl("uncordon", node)
+    ended = kube_job.ended()
+    assert_ends_like(straight, ended)
+    (last,) = [pod for pod in ended.pods if pod.code == 0]
+    assert "going on from the checkpoint of step 600\n" in kube_job.logs(last)
+    assert [one["exit_code"] for one in kube_job.results.ledger()][-1] == 0
+
+
+def test_of_two_jobs_of_one_run_one_publishes_and_the_other_leaves_with_80(lab: Lab, straight: Ended) -> None:
+    first = undisturbed_but(straight, lab, "twice")
+    first.apply()
+    wait_for(lambda: first.results.json("run/owner.json"), "owner", first.story)
+    other = replace(first, name=f"{first.name}-too", backoff_limit=0).run()
+    pod = other.failed("BackoffLimitExceeded")
+    assert (pod.code, pod.said["name"]) == (80, "FENCED")
+    assert "heartbeat goes on" in pod.said["message"]
+    assert_ends_like(straight, first.ended())
+    assert len(first.results.ledger()) == 1
+
+
+def test_a_random_uid_without_fsgroup_is_enough(lab: Lab) -> None:
+    kube_job = lab.job(tiny_spec("uid"), pod_security={"runAsUser": 1000720000, "runAsGroup": 0})
+    kube_job.run().completed()
+
+
+def test_a_pod_killed_without_notice_is_replaced_and_replays_the_same(lab: Lab, straight: Ended) -> None:
+    kube_job = undisturbed_but(straight, lab, "killed")
+    kube_job.apply()
+    first = wait_for(kube_job.running, "pod at work", kube_job.story)
+    wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
+    lab.kubectl("delete", "pod", first.name, "--grace-period=0", "--force")
+    ended = kube_job.ended()
+    assert_ends_like(straight, ended)
+    assert [one["exit_code"] for one in kube_job.results.ledger()][-1] == 0
+
+
+def test_scratch_on_a_claim_keeps_what_was_pulled(lab: Lab) -> None:
+    storage_class = os.environ.get("TUNEJOB_TEST_STORAGE_CLASS", "local")
+    if lab.kubectl.ask("get", "storageclass", storage_class).code:
+        lacking(f"no StorageClass {storage_class}; name one that works in TUNEJOB_TEST_STORAGE_CLASS")
+    lab.kubectl.apply(manifest("claim", name="scratch", storage_class=storage_class))
+    kube_job = lab.job(tiny_spec("claim"), scratch=CLAIM.format("scratch"))
+    kube_job.run().completed()

@@ -1,0 +1,46 @@
+"""Jobs that cannot succeed: one pod, a code, and a sentence that names the cause."""
+
+import pytest
+
+from tests.cluster.bucket import BUCKET, Key
+from tests.cluster.running import Lab, tiny_spec
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_missing_key_ends_the_job_after_one_pod(lab: Lab) -> None:
+    kube_job = lab.job(tiny_spec("absent", data={"train": f"s3://{BUCKET}/data/absent.jsonl"}))
+    pod = kube_job.run().failed("PodFailurePolicy")
+    assert (pod.code, pod.said["code"], pod.said["name"]) == (66, 66, "NOINPUT")
+    assert f"s3://{BUCKET}/data/absent.jsonl" in pod.said["message"]
+
+
+def test_a_refused_secret_ends_the_job_after_one_pod(lab: Lab) -> None:
+    unknown = Key()
+    ended = lab.job(tiny_spec("refused"), credentials=lab.make_credentials("unknown", unknown)).run()
+    pod = ended.failed("PodFailurePolicy")
+    assert (pod.code, pod.said["name"]) == (77, "NOPERM")
+    everything = str(pod.manifest) + ended.kube_job.logs(pod)
+    assert unknown.secret not in everything
+    assert unknown.id not in everything
+
+
+def test_the_containers_memory_used_up_by_the_worker_is_137_and_counted(lab: Lab, small_model: str) -> None:
+    # Enough to prepare the data; the model's weights alone are more.
+    kube_job = lab.job(
+        tiny_spec("memory-worker", model=small_model), memory="700Mi", scratch_limit="2Gi", backoff_limit=0
+    )
+    # 83, the device's memory, would fail the Job by its policy; this one is counted against the back-off limit.
+    pod = kube_job.run().failed("BackoffLimitExceeded")
+    assert (pod.code, pod.reason, kube_job.record()["status"]["failed"]) == (137, "OOMKilled", 1), kube_job.story()
+    if pod.said:  # with cgroup version 2 the supervisor may die with the worker
+        assert pod.said["name"] == "MEMORY"
+        assert "rank-0 was ended by the kernel: the container's memory limit" in pod.said["message"]
+
+
+def test_the_containers_memory_used_up_by_pid_1_is_137_and_counted(lab: Lab) -> None:
+    # Less than the interpreter and its libraries take.
+    kube_job = lab.job(tiny_spec("memory-pid-1"), memory="48Mi", backoff_limit=0)
+    pod = kube_job.run().failed("BackoffLimitExceeded")
+    assert (pod.code, pod.reason, kube_job.record()["status"]["failed"]) == (137, "OOMKilled", 1), kube_job.story()
+    assert not pod.said
