@@ -58,8 +58,9 @@ class Asker:
         tries = _Tries(self, self.patience.bulk_seconds if is_bulk else self.patience.control_seconds)
 
         def once() -> T:
-            link = self._link(tries.refused)
+            link = None
             try:
+                link = self._link(tries.refused)
                 answer = call(link)
             except Exception as error:
                 verdict = judge(error, question, link)
@@ -105,7 +106,7 @@ class _Tries:
         """The connection that was refused; credentials are read again instead of it."""
         self.is_worth_it = False
 
-    def note(self, verdict: Verdict | None, link: Link) -> None:
+    def note(self, verdict: Verdict | None, link: Link | None) -> None:
         """Takes a failure in."""
         now = time.monotonic()
         if self._failed_at is None:

@@ -133,12 +133,16 @@ class Question:
     """Bytes that come."""
 
 
-def judge(error: Exception, question: Question, link: Link) -> Verdict | None:
-    """What a failure means; None for one that nobody foresaw."""
+def judge(error: Exception, question: Question, link: Link | None) -> Verdict | None:
+    """What a failure means; None for one that nobody foresaw.
+
+    Args:
+        link: that was asked; None if there is none yet.
+    """
     what = question.what
     if isinstance(error, JobError):
         return Verdict(error)
-    if isinstance(error, sdk.ClientError):
+    if isinstance(error, sdk.ClientError) and link:
         return _answered(error, question, link)
     if isinstance(error, moving.RetriesExceededError):
         return judge(error.last_exception, question, link)
@@ -155,9 +159,10 @@ def judge(error: Exception, question: Question, link: Link) -> Verdict | None:
     return None
 
 
-def _unanswered(error: Exception, question: Question, link: Link) -> Verdict:
+def _unanswered(error: Exception, question: Question, link: Link | None) -> Verdict:
     """Of what went wrong on this side, or on the way."""
-    what, text = question.what, link.masked(_short(error))
+    what, text = question.what, link.masked(_short(error)) if link else _short(error)
+    endpoint = link.endpoint if link else "the store"
     if isinstance(
         error, sdk.NoCredentialsError | sdk.PartialCredentialsError | sdk.ProfileNotFound | sdk.ConfigParseError
     ):
@@ -167,36 +172,34 @@ def _unanswered(error: Exception, question: Question, link: Link) -> Verdict:
     if isinstance(error, sdk.SSLError) and _UNTRUSTED.search(str(error)):
         return Verdict(
             SpecInvalid(
-                f"{what}: {link.endpoint} cannot be trusted ({_short(error.kwargs.get('error', error))}); name the "
+                f"{what}: {endpoint} cannot be trusted ({_short(error.kwargs.get('error', error))}); name the "
                 "file with its authority's certificate in AWS_CA_BUNDLE, and check the host in AWS_ENDPOINT_URL_S3"
             )
         )
     if isinstance(error, sdk.ProxyConnectionError):
         return Verdict(
             TemporaryFailure(
-                f"{what}: {link.endpoint} cannot be reached through the proxy of HTTPS_PROXY or HTTP_PROXY; check it, "
+                f"{what}: {endpoint} cannot be reached through the proxy of HTTPS_PROXY or HTTP_PROXY; check it, "
                 "or name the host in NO_PROXY"
             ),
             Hope.LATER,
         )
     if isinstance(error, sdk.ConnectionError | sdk.HTTPClientError | sdk.IncompleteReadError):
-        return Verdict(TemporaryFailure(f"{what}: {_unreachable(error, link)}"), Hope.LATER)
+        return Verdict(TemporaryFailure(f"{what}: {_unreachable(error, endpoint)}"), Hope.LATER)
     if isinstance(error, ResponseParserError | moving.S3ValidationError):
-        return Verdict(
-            TemporaryFailure(f"{what}: {link.endpoint} answers what is no answer of S3 ({text})"), Hope.LATER
-        )
+        return Verdict(TemporaryFailure(f"{what}: {endpoint} answers what is no answer of S3 ({text})"), Hope.LATER)
     return Verdict(SpecInvalid(f"{what}: cannot be asked for ({text}); check the AWS_ variables"))
 
 
-def _unreachable(error: Exception, link: Link) -> str:
+def _unreachable(error: Exception, endpoint: str) -> str:
     text = str(getattr(error, "kwargs", {}).get("error", error))
     if isinstance(error, sdk.EndpointConnectionError) and _UNRESOLVED.search(text):
-        return f"the name {link.endpoint.rpartition(':')[0]} cannot be resolved; check AWS_ENDPOINT_URL_S3 and the DNS"
+        return f"the name {endpoint.rpartition(':')[0]} cannot be resolved; check AWS_ENDPOINT_URL_S3 and the DNS"
     if isinstance(error, sdk.ConnectionError):
-        return f"endpoint {link.endpoint} cannot be reached; is egress to it allowed?"
+        return f"endpoint {endpoint} cannot be reached; is egress to it allowed?"
     if isinstance(error, sdk.ReadTimeoutError):
-        return f"endpoint {link.endpoint} falls silent"
-    return f"the connection to {link.endpoint} breaks off"
+        return f"endpoint {endpoint} falls silent"
+    return f"the connection to {endpoint} breaks off"
 
 
 def _answered(error: sdk.ClientError, question: Question, link: Link) -> Verdict:

@@ -36,7 +36,7 @@ SUPERVISOR = {"job.__main__", "job.supervisor", "job.launch", "job.announce"} | 
 WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verify", "job.model", "job.loop"}
 
 ONLY = {
-    "boto3": {"job.s3_client"},
+    "boto3": set[str](),
     "botocore": {"job.s3", "job.s3_client", "job.s3_errors"},
     "s3transfer": {"job.s3", "job.s3_client", "job.s3_errors"},
     "yaml": {"job.strict_yaml"},

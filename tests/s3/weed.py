@@ -106,6 +106,7 @@ def running(folder: Path, certificate: Path | None = None, key: Path | None = No
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-s3.iam=false",
+        "-s3.autoCreateBucket=false",
         "-volume.max=20",
         "-master.volumeSizeLimitMB=64",
         "-master.electionTimeout=1s",
