@@ -9,16 +9,22 @@ TORCH := torch==2.13.0
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 # Images. Where no registry is reached `make base-image` makes the base; what pip needs to reach its index is passed on.
-BUILDER ?= $(firstword $(notdir $(shell command -v buildah podman docker)))
+# Recursive, not :=, so that only a target that builds asks for them.
+BUILDER ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo buildah)
 IMAGE ?= localhost/tunejob:test
 STORE_IMAGE := localhost/seaweedfs:test
 VARIANT ?= cpu
-BASE_IMAGE ?= $(if $(wildcard build/base-image),localhost/python:3.11-slim,python:3.11-slim)
-# A setting of pip, from its environment or its files.
-pip_setting = $(firstword $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p"))
-CA ?= $(call pip_setting,cert)
-WHEELS ?= $(call pip_setting,find-links)
-BUILD := $(BUILDER) $(if $(filter docker,$(BUILDER)),buildx build --load,build --isolation chroot --layers)
+LOCAL_BASE := localhost/python:3.11-slim
+BASE_IMAGE ?= $(if $(wildcard build/base/rootfs.tar),$(LOCAL_BASE),python:3.11-slim)
+CA ?= $(or $(PIP_CERT),$(shell $(PYTHON) -m pip config get global.cert 2>/dev/null))
+WHEELS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+BUILD = $(BUILDER) $(if $(filter docker,$(BUILDER)),buildx build --load,build --isolation chroot --layers)
+comma := ,
+PASSED_ON = $(if $(CA),--secret id=ca$(comma)src=$(CA)) $(if $(PIP_CONF),--secret id=pip$(comma)src=$(PIP_CONF)) \
+    $(if $(wildcard $(WHEELS)),--build-context wheels=$(WHEELS))
+LABELS = --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+    --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*') \
+    --build-arg CREATED=$(shell git log -1 --format=%cI)
 
 .PHONY: help set-up run test test-slow test-others test-image test-cluster test-cluster-full check format docs lock \
 	base-image image image-store clean
@@ -53,8 +59,8 @@ test-others: $(READY)  ## the tests beside other trainers
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[others]' -c docker/constraints.txt
 	$(TEST) -m others
 
-test-image: $(READY)  ## the tests of the image that `make image` built
-	$(TEST) -m image
+test-image: $(READY)  ## the tests of the image that `make image` built, and of its locks against the index
+	TUNEJOB_TEST_IMAGE=$(IMAGE) TUNEJOB_TEST_WHEELS='$(WHEELS)' $(TEST) -m image tests/image
 
 test-cluster: $(READY) models/SmolLM2-135M-Instruct  ## the tests on a real cluster that CI runs (CONTRIBUTING.md)
 	$(TEST) -m 'cluster and not full'
@@ -75,37 +81,35 @@ format: $(READY)  ## put the code in order
 lock: $(READY)  ## resolve again what the image installs, with hashes; needs a wheel of torch for the CPU (WHEELS=DIR)
 	$(BIN)/python docker/lock.py --find-links '$(WHEELS)'
 
-image: build/images  ## build the image and print its size; VARIANT=cuda for GPUs
+image:  ## build the image and print its size; VARIANT=cuda for GPUs (docs/image.md)
 	$(BUILD) --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg VARIANT=$(VARIANT) \
-	    --build-arg TORCH_INDEX_URL='$(TORCH_INDEX_URL)' --build-arg VERSION=$(shell git describe --always --dirty) \
-	    --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg CREATED=$(shell git log -1 --format=%cI) \
-	    $(if $(CA),--secret id=ca$(comma)src=$(CA)) $(if $(wildcard $(WHEELS)),--build-context wheels=$(WHEELS)) .
+	    --build-arg TORCH_INDEX_URL='$(TORCH_INDEX_URL)' $(LABELS) $(PASSED_ON) .
 	$(call archive,$(IMAGE),tunejob)
 	$(PYTHON) docker/sizes.py build/images/tunejob.tar
 
-image-store: $(READY) build/images  ## build the image of the store that the cluster tests run
+image-store: $(READY)  ## build the image of the store that the cluster tests run
 	rm -rf build/store && mkdir -p build/store && cp -L $(BIN)/weed build/store/weed
 	$(BUILD) --file tests/cluster/store/Dockerfile --tag $(STORE_IMAGE) build/store
+	rm -rf build/store
 	$(call archive,$(STORE_IMAGE),seaweedfs)
 
-base-image: build/base-image  ## make a base image out of Debian's packages, where no registry is reached
+base-image: build/base/rootfs.tar  ## make a base image out of Debian's packages, where no registry is reached
+	printf 'FROM scratch\nADD rootfs.tar /\n' > build/base/Dockerfile
+	$(BUILD) --file build/base/Dockerfile --tag $(LOCAL_BASE) build/base
 
-build/base-image:
-	rm -rf build/rootfs && mkdir -p build/context
+build/base/rootfs.tar:
+	rm -rf build/rootfs && mkdir -p build/base
 	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/rootfs
-	tar -C build/rootfs --numeric-owner --exclude='./dev/*' --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' -cf build/context/rootfs.tar .
-	printf 'FROM scratch\nADD rootfs.tar /\n' > build/context/Dockerfile
-	$(BUILD) --file build/context/Dockerfile --tag localhost/python:3.11-slim build/context
-	rm -rf build/rootfs build/context
-	touch $@
+	tar -C build/rootfs --numeric-owner --exclude='./dev/*' --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' \
+	    -cf $@.part .
+	rm -rf build/rootfs
+	mv $@.part $@
 
-build/images:
-	mkdir -p $@
-
-comma := ,
-# Image, name of the archive. An archive that exists is not overwritten by buildah.
-archive = rm -f build/images/$(2).tar && $(if $(filter docker,$(BUILDER)),docker save -o build/images/$(2).tar $(1),$\
-	$(BUILDER) push --quiet $(1) docker-archive:build/images/$(2).tar:$(1))
+# Image, name of the archive. Whoever loads an archive meanwhile gets the whole old one or the whole new one.
+archive = mkdir -p build/images && rm -f build/images/$(2).part && \
+	$(if $(filter docker,$(BUILDER)),docker save --output build/images/$(2).part $(1),\
+	    buildah push --quiet $(1) docker-archive:build/images/$(2).part:$(1)) && \
+	mv build/images/$(2).part build/images/$(2).tar
 
 docs: $(READY)  ## write again what is made out of the code: schemas and reference tables
 	$(BIN)/python -m launcher.documents

@@ -1,4 +1,4 @@
-"""The courier carries what a run leaves to the store while it works, in a thread of its own.
+"""The courier carries what a run leaves to the store while it works, in threads of its own.
 
 Training never waits for the store: while it cannot be reached, sealed checkpoints queue up on disk (a bounded number of
 them) and are committed when it is back.
@@ -22,7 +22,7 @@ from job.workdir import WorkDir
 log = logging.getLogger(__name__)
 
 QUEUED = 3
-"""Sealed checkpoints that wait for the store at most; older ones give way unless all are to be kept."""
+"""Sealed checkpoints that wait for the store, besides the one under way; older ones give way, unless all are kept."""
 REFUSALS_SECONDS = 900.0
 """How long a refusal is borne that was none before: credentials are rotated while a run goes on."""
 _WAITS = (0.2, 30.0)
@@ -53,24 +53,33 @@ class Courier:
         """Step of the newest commit of this attempt; 0 if there is none."""
         self._failure: JobError | None = None
         self._refused_since: float | None = None
-        self._told_at = 0.0
         self._tell_now = threading.Event()
         self._leave = threading.Event()
         self._work = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        self._sending: Path | None = None
+        # Two threads: a status that cannot be written must not hold a checkpoint up, nor the other way round.
+        self._threads = [
+            threading.Thread(target=body, name=name, daemon=True)
+            for name, body in (("courier", self._run), ("status", self._tell))
+        ]
 
     def start(self) -> None:
         """Begins to work."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def tell(self) -> None:
         """Has the status written soon: the phase is another."""
         self._tell_now.set()
 
     def check(self) -> None:
-        """Raises what ends the attempt: the run is another attempt's, or the store refuses for good."""
+        """Raises what ends the attempt: the run is another attempt's, or the store refuses for good.
+
+        To be called a few times a second: it also keeps the queue of checkpoints short.
+        """
         if self._failure is not None:
             raise self._failure
+        self._bound_queue()
 
     def finish(self) -> None:
         """Commits everything that is sealed, now.
@@ -84,10 +93,12 @@ class Courier:
             self._commit_sealed()
 
     def stop(self) -> None:
-        """Ends the thread; what it is at is not waited for longer than a moment."""
+        """Ends the threads; what they are at is not waited for longer than a moment."""
         self._leave.set()
-        if self._thread.is_alive():
-            self._thread.join(5.0)
+        self._tell_now.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(5.0)
 
     def _run(self) -> None:
         wait = _WAITS[0]
@@ -95,7 +106,6 @@ class Courier:
             try:
                 with self._work:
                     self._commit_sealed()
-                    self._tell()
                 self._refused_since, wait = None, _WAITS[0]
             except (TemporaryFailure, AccessDenied) as error:
                 wait = min(_WAITS[1], max(1.0, 2 * wait))
@@ -103,7 +113,6 @@ class Courier:
                 if self._is_refused_for_good(error):
                     self._failure = error
                     return
-                self._bound_queue()
             except JobError as error:
                 self._failure = error
                 return
@@ -118,10 +127,13 @@ class Courier:
         return time.monotonic() - self._refused_since > REFUSALS_SECONDS
 
     def _tell(self) -> None:
-        if self._tell_now.is_set() or time.monotonic() - self._told_at > self._every:
+        while not self._leave.is_set():
             self._tell_now.clear()
-            self._told_at = time.monotonic()
-            self._store.write(layout.STATUS, self._status())
+            try:
+                self._store.write(layout.STATUS, self._status())
+            except JobError as error:  # only a word to the curious: whatever matters fails elsewhere, too
+                log.debug("status: %s", error)
+            self._tell_now.wait(self._every)
 
     def _waiting(self) -> list[Path]:
         """Sealed checkpoints that are not in the store yet, oldest first."""
@@ -134,11 +146,16 @@ class Courier:
         if self._keep == "all":
             return
         for folder in self._waiting()[: -max(QUEUED, self._keep)]:
+            if folder == self._sending:
+                continue
             log.warning("%s was never sent: newer ones wait for the store too", folder.name)
             shutil.rmtree(folder, ignore_errors=True)
 
     def _commit_sealed(self) -> None:
         for folder in self._waiting():
+            if not folder.exists():  # given up meanwhile
+                continue
+            self._sending = folder
             self._ownership.check()
             state = read_json(folder / layout.CHECKPOINT_STATE)
             extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
@@ -146,6 +163,7 @@ class Courier:
             self.push_metrics()
             transfer.push_checkpoint(self._store, folder, state["step"], self._ownership.generation, extra)
             shutil.rmtree(folder, ignore_errors=True)
+            self._sending = None
             self.committed = max(self.committed, state["step"])
             log.info("committed the checkpoint of step %d", state["step"])
             transfer.prune(self._store, self._keep, _best(self._store))

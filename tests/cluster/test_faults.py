@@ -1,6 +1,5 @@
 """What happens to nodes, stores and volumes while a run is at it. By hand: make test-cluster-full."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,10 @@ import pytest
 from tests.cluster.bucket import BUCKET
 from tests.cluster.kubectl import manifest, wait_for
 from tests.cluster.running import CLAIM, Ended, KubeJob, Lab, Pod, lacking, tiny_spec
+from tests.job import tiny
+
+DRAIN = ("--delete-emptydir-data", "--force", "--timeout=60s")
+"""Scratch is an emptyDir and may go; the store lives on the same node, but is not selected."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.full]
 
@@ -39,27 +42,38 @@ def reached(kube_job: KubeJob, condition: Callable[[dict[str, Any]], bool], what
     return wait_for(look, what, kube_job.story)
 
 
-def test_scratch_nearly_full_is_74_before_the_kubelet_evicts(lab: Lab, tmp_path: Path) -> None:
-    big = tmp_path / "big.jsonl"
-    row = json.dumps({"prompt": "a", "completion": "b" * 1000}) + "\n"
-    big.write_text(row * (62 * 2**20 // len(row)), encoding="utf-8")
-    lab.bucket.put(big, "data/big.jsonl")
-    spec = tiny_spec("full", data={"train": f"s3://{BUCKET}/data/big.jsonl"})
-    ended = lab.job(spec, scratch_limit="64Mi", backoff_limit=0).run()
-    pod = ended.failed("BackoffLimitExceeded")
-    assert (pod.code, pod.said["name"]) == (74, "DISK"), ended.kube_job.story()
+@pytest.mark.parametrize(
+    ("rows", "limit", "words"),
+    [
+        pytest.param(60_000, "4Mi", "needs", id="before anything is pulled"),
+        pytest.param(300_000, "40Mi", "are used, and at the limit", id="while it fills up"),
+    ],
+)
+def test_scratch_nearly_full_is_74_before_the_kubelet_evicts(
+    lab: Lab, tmp_path: Path, rows: int, limit: str, words: str
+) -> None:
+    key = f"data/rows-{rows}.jsonl"
+    lab.bucket.put(tiny.write_rows(tmp_path / "rows.jsonl", tiny.numbered_rows(rows)), key)
+    spec = tiny_spec(f"full-{rows}", data={"train": f"s3://{BUCKET}/{key}", "eval_split": 0.0})
+    kube_job = lab.job(spec, scratch_limit=limit, backoff_limit=0)
+    pod = kube_job.run().failed("BackoffLimitExceeded")
+    assert (pod.code, pod.said["name"]) == (74, "DISK"), kube_job.story()
+    assert words in pod.said["message"]
     assert pod.manifest["status"].get("reason") != "Evicted"
 
 
-def test_a_store_stopped_in_training_costs_nothing(lab: Lab, straight: Ended) -> None:
-    kube_job = undisturbed_but(straight, lab, "store-stopped")
+def test_a_store_stopped_in_training_is_no_reason_to_stop(lab: Lab) -> None:
+    training = {"max_steps": 4000, "batch_size": 4, "max_length": 64, "logging_steps": 10, "learning_rate": 5e-3}
+    kube_job = lab.job(tiny_spec("patient", training=training, checkpoints={"every_steps": 400}))
     kube_job.apply()
+    pod = wait_for(kube_job.running, "pod at work", kube_job.story)
     wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
     with lab.bucket.stopped():
-        reached(kube_job, lambda line: line["phase"] == "evaluate", "end of the training without a store")
-    ended = kube_job.ended()
-    ended.only_pod()
-    assert_ends_like(straight, ended)
+        before = kube_job.progress(pod)[-1]["step"]
+        assert before < 4000, "the store stopped too late to show anything"
+        reached(kube_job, lambda line: line["step"] > before, "step without a store")
+    assert kube_job.ended().completed().only_pod().said["committed"] == 4000
+    assert list(kube_job.results.losses()) == [1, *range(10, 4001, 10)]
 
 
 def test_a_store_stopped_at_publish_is_waited_for(lab: Lab, straight: Ended) -> None:
@@ -83,7 +97,7 @@ def test_a_node_drained_while_publishing_costs_no_training(lab: Lab, straight: E
         reached(kube_job, lambda line: line["phase"] == "publish", "publication")
         try:
             selector = f"batch.kubernetes.io/job-name={kube_job.name}"
-            lab.kubectl("drain", node, f"--pod-selector={selector}", "--force", "--timeout=60s")
+            lab.kubectl("drain", node, f"--pod-selector={selector}", *DRAIN)
         finally:
             lab.kubectl("uncordon", node)
     ended = kube_job.ended()
@@ -121,10 +135,16 @@ def test_a_pod_killed_without_notice_is_replaced_and_replays_the_same(lab: Lab, 
     assert [one["exit_code"] for one in kube_job.results.ledger()][-1] == 0
 
 
-def test_scratch_on_a_claim_keeps_what_was_pulled(lab: Lab) -> None:
+def test_a_pod_on_the_claim_of_the_one_before_finds_what_was_pulled(lab: Lab, straight: Ended) -> None:
     storage_class = os.environ.get("TUNEJOB_TEST_STORAGE_CLASS", "local")
     if lab.kubectl.ask("get", "storageclass", storage_class).code:
         lacking(f"no StorageClass {storage_class}; name one that works in TUNEJOB_TEST_STORAGE_CLASS")
     lab.kubectl.apply(manifest("claim", name="scratch", storage_class=storage_class))
-    kube_job = lab.job(tiny_spec("claim"), scratch=CLAIM.format("scratch"))
-    kube_job.run().completed()
+    kube_job = undisturbed_but(straight, lab, "claim", scratch=CLAIM.format("scratch"))
+    kube_job.apply()
+    first = wait_for(kube_job.running, "pod at work", kube_job.story)
+    wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
+    lab.kubectl("delete", "pod", first.name, "--wait=false")
+    ended = kube_job.ended()
+    assert_ends_like(straight, ended)
+    assert "model.safetensors is here already, whole" in kube_job.logs(ended.only_pod())

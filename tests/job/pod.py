@@ -161,11 +161,11 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
 
 
 @contextmanager
-def pod_folder(model: Path, **sections: Any) -> Iterator[Path]:
+def pod_folder(tiny_model: Path, **sections: Any) -> Iterator[Path]:
     """A folder any user may read: spec.yaml, the model and its data; the output goes below it, too."""
     with tempfile.TemporaryDirectory(prefix="tunejob-pod-") as name:
         folder = Path(name)
-        shutil.copytree(model, folder / "model")
+        shutil.copytree(tiny_model, folder / "model")
         data = tiny.write_rows(folder / "train.jsonl", tiny.numbered_rows(60))
         spec: dict[str, Any] = {
             "name": "toy",

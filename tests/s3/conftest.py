@@ -94,7 +94,7 @@ def proxy(the_proxy: Proxy) -> Proxy:
 @pytest.fixture
 def uri() -> str:
     """A prefix of this test's own."""
-    return f"s3://{BUCKET}/tests/{secrets.token_hex(6)}"
+    return f"s3://{BUCKET}/tests/t-{secrets.token_hex(6)}"
 
 
 @pytest.fixture

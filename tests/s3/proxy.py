@@ -255,6 +255,16 @@ def silence(seconds: float) -> Fault:
     return fault
 
 
+def stuck(seconds: float) -> Fault:
+    """Nothing comes back, and the server never hears of it."""
+
+    def fault(exchange: Exchange) -> None:
+        time.sleep(seconds)
+        exchange.drop()
+
+    return fault
+
+
 def answer(
     status: int, code: str, message: str = "", *, headers: dict[str, str] | None = None, clock: float = 0.0
 ) -> Fault:

@@ -4,6 +4,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_right_that_lacks_is_named(identity: str, call: str, action: str, ente
 
 
 @pytest.mark.parametrize(
-    ("identity", "action"), [("reader", "s3:PutObject"), ("writer", "Get|List"), ("blind", "List")]
+    ("identity", "action"), [("reader", "s3:PutObject"), ("writer", "s3:GetObject"), ("blind", "s3:ListBucket")]
 )
 def test_a_probe_names_the_right_that_lacks(identity: str, action: str, enter: Enter, uri: str) -> None:
     enter(identity)
@@ -137,11 +138,11 @@ def test_credentials_that_were_rotated_are_read_again(
     write_credentials(tmp_path / "credentials", weed, "owner")
     store = S3Store(uri, patience=QUICK)
     store.write("there", b"1")
-    proxy.on("GET|PUT|HEAD", weed_key_pattern := "/", answer(400, "ExpiredToken", "The provided token has expired."))
+    proxy.on("GET|PUT|HEAD", "/", answer(400, "ExpiredToken", "The provided token has expired."))
     CALLS[call](store)
     write_credentials(tmp_path / "credentials", weed, "nobody")
     CALLS[call](store)  # nobody asks for what is not refused
-    proxy.on("GET|PUT|HEAD", weed_key_pattern, answer(403, "ExpiredToken"))
+    proxy.on("GET|PUT|HEAD", "/", answer(403, "ExpiredToken"))
     with pytest.raises(AccessDenied):
         CALLS[call](store)
     write_credentials(tmp_path / "credentials", weed, "owner")
@@ -176,6 +177,7 @@ def test_a_bucket_that_is_not_there_is_a_missing_input(call: str, enter: Enter, 
         CALLS[call](S3Store("s3://no-such-bucket/x", patience=QUICK))
 
 
+ELSEWHERE = {"x-amz-bucket-region": "eu-west-3"}
 SAID: list[tuple[Fault, type[JobError], str]] = [
     (
         answer(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-west-3"}),
@@ -223,18 +225,18 @@ def test_an_endpoint_nobody_listens_at_is_named_with_its_port(enter: Enter, uri:
 
 
 def test_an_endpoint_that_swallows_everything_is_given_up(enter: Enter, uri: str) -> None:
-    with socket.socket() as deaf:
+    with ExitStack() as stack:
+        deaf = stack.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
-        full = [
-            socket.create_connection(deaf.getsockname()) for _ in range(2)
-        ]  # its queue is full: a third is not heard
+        for _ in range(4):  # its queue is full: what comes now is dropped without a word
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
         enter("owner", f"http://127.0.0.1:{deaf.getsockname()[1]}")
         patience = Patience(control_seconds=0, connect_seconds=0.5, read_seconds=0.5, sdk_attempts=1)
-        with pytest.raises(TemporaryFailure, match=r"cannot be reached; is egress to it allowed\?|falls silent"):
+        with pytest.raises(TemporaryFailure, match=r"cannot be reached; is egress to it allowed\?"):
             S3Store(uri, patience=patience).read("a")
-        for connection in full:
-            connection.close()
 
 
 def test_a_name_that_cannot_be_resolved_is_named(enter: Enter, uri: str) -> None:
@@ -248,7 +250,7 @@ def test_a_proxy_that_does_not_answer_is_named(enter: Enter, uri: str) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     enter("owner", "http://store.invalid:9000", HTTP_PROXY=f"http://someone:hidden@127.0.0.1:{port}")
-    with pytest.raises(TemporaryFailure, match="through the proxy of HTTPS_PROXY or HTTP_PROXY.*NO_PROXY") as refusal:
+    with pytest.raises(TemporaryFailure, match=r"through the proxy of HTTPS_PROXY or HTTP_PROXY.*NO_PROXY") as refusal:
         S3Store(uri, patience=IMPATIENT).read("a")
     assert "hidden" not in str(refusal.value)
 
