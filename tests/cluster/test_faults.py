@@ -62,18 +62,56 @@ def test_scratch_nearly_full_is_74_before_the_kubelet_evicts(
     assert pod.manifest["status"].get("reason") != "Evicted"
 
 
-def test_a_store_stopped_in_training_is_no_reason_to_stop(lab: Lab) -> None:
-    training = {"max_steps": 4000, "batch_size": 4, "max_length": 64, "logging_steps": 10, "learning_rate": 5e-3}
-    kube_job = lab.job(tiny_spec("patient", training=training, checkpoints={"every_steps": 400}))
+LONGER = tiny_spec(
+    "longer",
+    training={"max_steps": 4000, "batch_size": 4, "max_length": 64, "logging_steps": 10, "learning_rate": 5e-3},
+    checkpoints={"every_steps": 400},
+)
+"""Lasts for half a minute, the time it takes to stop a store and see that training goes on."""
+
+
+def trained_without_store(kube_job: KubeJob, pod: Pod) -> None:
+    """Returns once training went on for a while although the store is stopped."""
+    before = kube_job.progress(pod)[-1]["step"]
+    assert before < 3000, "the store stopped too late to show anything"
+    reached(kube_job, lambda line: line["step"] > before + 400, "step without a store")
+
+
+@pytest.fixture(scope="module")
+def outlasted(lab: Lab) -> Ended:
+    """A run in whose training the store was stopped for a while."""
+    kube_job = lab.job(LONGER)
     kube_job.apply()
     pod = wait_for(kube_job.running, "pod at work", kube_job.story)
     wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
     with lab.bucket.stopped():
-        before = kube_job.progress(pod)[-1]["step"]
-        assert before < 4000, "the store stopped too late to show anything"
-        reached(kube_job, lambda line: line["step"] > before, "step without a store")
-    assert kube_job.ended().completed().only_pod().said["committed"] == 4000
-    assert list(kube_job.results.losses()) == [1, *range(10, 4001, 10)]
+        trained_without_store(kube_job, pod)
+    return kube_job.ended().completed()
+
+
+def test_a_store_stopped_in_training_costs_nothing(outlasted: Ended) -> None:
+    assert outlasted.only_pod().said["committed"] == 4000
+    results = outlasted.kube_job.results
+    assert list(results.losses()) == [1, *range(10, 4001, 10)]
+    assert [one["exit_code"] for one in results.ledger()] == [0]
+
+
+def test_a_pod_killed_while_its_checkpoints_wait_for_the_store_loses_only_those(lab: Lab, outlasted: Ended) -> None:
+    kube_job = lab.job(LONGER, output=f"s3://{BUCKET}/killed")
+    kube_job.apply()
+    first = wait_for(kube_job.running, "pod at work", kube_job.story)
+    wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
+    with lab.bucket.stopped():
+        trained_without_store(kube_job, first)
+        lost = kube_job.progress(first)[-1]
+        lab.kubectl("delete", "pod", first.name, "--grace-period=1")
+    ended = kube_job.ended()
+    assert_ends_like(outlasted, ended)
+    left, done = kube_job.results.ledger()
+    assert (left["exit_code"], left["message"], done["exit_code"]) == (None, "vanished", 0)
+    assert 400 <= left["committed"] < lost["step"]
+    last = next(pod for pod in ended.pods if pod.code == 0)
+    assert f"resuming after step {left['committed']} of 4000" in kube_job.logs(last)
 
 
 def test_a_store_stopped_at_publish_is_waited_for(lab: Lab, straight: Ended) -> None:
@@ -122,17 +160,6 @@ def test_of_two_jobs_of_one_run_one_publishes_and_the_other_leaves_with_80(lab: 
 def test_a_random_uid_without_fsgroup_is_enough(lab: Lab) -> None:
     kube_job = lab.job(tiny_spec("uid"), pod_security={"runAsUser": 1000720000, "runAsGroup": 0})
     kube_job.run().completed()
-
-
-def test_a_pod_killed_without_notice_is_replaced_and_replays_the_same(lab: Lab, straight: Ended) -> None:
-    kube_job = undisturbed_but(straight, lab, "killed")
-    kube_job.apply()
-    first = wait_for(kube_job.running, "pod at work", kube_job.story)
-    wait_for(kube_job.results.committed, "first checkpoint", kube_job.story)
-    lab.kubectl("delete", "pod", first.name, "--grace-period=0", "--force")
-    ended = kube_job.ended()
-    assert_ends_like(straight, ended)
-    assert [one["exit_code"] for one in kube_job.results.ledger()][-1] == 0
 
 
 def test_a_pod_on_the_claim_of_the_one_before_finds_what_was_pulled(lab: Lab, straight: Ended) -> None:

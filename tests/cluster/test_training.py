@@ -97,7 +97,7 @@ def test_a_pod_deleted_in_training_is_replaced_and_the_run_ends_as_if_nothing_ha
     assert (left["exit_code"], left["pod"], done["exit_code"]) == (143, first.name, 0)
     assert 60 <= left["committed"] < 600
     second = ended.only_pod()
-    assert f"going on from the checkpoint of step {left['committed']}\n" in kube_job.logs(second)
+    assert f"resuming after step {left['committed']} of 600\n" in kube_job.logs(second)
     steps = [line["step"] for line in kube_job.progress(second) if line["phase"] == "train" and line["steps"]]
     assert min(steps) >= left["committed"]
     undisturbed = straight.kube_job.results
