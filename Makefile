@@ -16,8 +16,10 @@ STORE_IMAGE := localhost/seaweedfs:test
 VARIANT ?= cpu
 LOCAL_BASE := localhost/python:3.11-slim
 BASE_IMAGE ?= $(if $(wildcard build/base/rootfs.tar),$(LOCAL_BASE),python:3.11-slim)
-CA ?= $(or $(PIP_CERT),$(shell $(PYTHON) -m pip config get global.cert 2>/dev/null))
-WHEELS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# What pip is set to here, by file or by environment.
+pip_set = $(firstword $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/^.*\.$(1)='\(.*\)'$$/\1/p"))
+CA ?= $(call pip_set,cert)
+WHEELS ?= $(call pip_set,find-links)
 BUILD = $(BUILDER) $(if $(filter docker,$(BUILDER)),buildx build --load,build --isolation chroot --layers)
 comma := ,
 PASSED_ON = $(if $(CA),--secret id=ca$(comma)src=$(CA)) $(if $(PIP_CONF),--secret id=pip$(comma)src=$(PIP_CONF)) \
@@ -81,7 +83,7 @@ format: $(READY)  ## put the code in order
 lock: $(READY)  ## resolve again what the image installs, with hashes; needs a wheel of torch for the CPU (WHEELS=DIR)
 	$(BIN)/python docker/lock.py --find-links '$(WHEELS)'
 
-image:  ## build the image and print its size; VARIANT=cuda for GPUs (docs/image.md)
+image:  ## build the image and print its size; VARIANT=cuda for GPUs (CONTRIBUTING.md)
 	$(BUILD) --file docker/Dockerfile --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg VARIANT=$(VARIANT) \
 	    --build-arg TORCH_INDEX_URL='$(TORCH_INDEX_URL)' $(LABELS) $(PASSED_ON) .
 	$(call archive,$(IMAGE),tunejob)
@@ -100,8 +102,8 @@ base-image: build/base/rootfs.tar  ## make a base image out of Debian's packages
 build/base/rootfs.tar:
 	rm -rf build/rootfs && mkdir -p build/base
 	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm build/rootfs
-	tar -C build/rootfs --numeric-owner --exclude='./dev/*' --exclude='./var/cache/apt/*' --exclude='./var/lib/apt/lists/*' \
-	    -cf $@.part .
+	tar -C build/rootfs --numeric-owner --exclude='./dev/*' --exclude='./var/cache/apt/*' \
+	    --exclude='./var/lib/apt/lists/*' -cf $@.part .
 	rm -rf build/rootfs
 	mv $@.part $@
 

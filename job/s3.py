@@ -86,19 +86,26 @@ class S3Store:
             return None
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        arguments = {"Body": data, "Metadata": {_SHA256: hashlib.sha256(data).hexdigest()}}
-        if if_absent:
-            arguments["IfNoneMatch"] = "*"
+        metadata = {_SHA256: hashlib.sha256(data).hexdigest()}
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
         if if_match is not None:
-            arguments["IfMatch"] = f'"{if_match}"'
+            condition["IfMatch"] = f'"{if_match}"'
 
         def write(link: Link) -> str:
-            return _etag(link.client.put_object(**self._at(key), **arguments, **link.options))
+            arguments = {**self._at(key), **condition, **link.options}
+            return _etag(link.client.put_object(Body=data, Metadata=metadata, **arguments))
 
         try:
             return self._asker.ask(self._about(key, "cannot be written"), write)
         except Absent as error:  # so some stores say that what If-Match names is gone; others answer 412
             raise PreconditionFailed(f"{self._name(key)}: is gone meanwhile") from error
+        except SpecInvalid as error:
+            if not condition:
+                raise
+            raise SpecInvalid(
+                f"{error}; or else it knows no conditions on writes (If-None-Match, If-Match), by which one attempt at "
+                "a time owns a run"
+            ) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
         entries = self._listing(self._prefix + prefix)

@@ -33,7 +33,9 @@ class Patience:
     connect_seconds: float = 10.0
     read_seconds: float = 60.0
     sdk_attempts: int = 3
-    """Tries that boto3 makes by itself, each time."""
+    """Tries that the SDK makes by itself, each time."""
+    late_seconds: float = 15.0
+    """Once it is clear when to leave: until a silent server is given up, with two tries of the SDK."""
 
 
 class Asker:
@@ -86,8 +88,11 @@ class Asker:
         return time.monotonic() >= self._leave_by
 
     def _link(self, refused: Link | None) -> Link:
-        patience = self.patience
-        return connection(patience.connect_seconds, patience.read_seconds, patience.sdk_attempts, instead_of=refused)
+        limit, attempts = float("inf"), self.patience.sdk_attempts
+        if self._leave_by < limit:
+            limit, attempts = self.patience.late_seconds, min(attempts, 2)
+        connect, read = min(self.patience.connect_seconds, limit / 3), min(self.patience.read_seconds, limit)
+        return connection(connect, read, attempts, instead_of=refused)
 
     def _pause(self, seconds: float) -> None:
         """Waits; a call of ``hurry`` cuts it short."""

@@ -248,4 +248,5 @@ def _is_link_local(address: str) -> bool:
 
 def _host_and_port(url: str) -> str:
     parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or (80 if parts.scheme == 'http' else 443)}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{host}:{parts.port or (80 if parts.scheme == 'http' else 443)}"

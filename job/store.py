@@ -130,7 +130,7 @@ def open_store(uri: str) -> Store:
         try:
             from job.s3 import S3Store  # brings boto3, which a run without s3:// needs neither time nor memory for
         except ModuleNotFoundError as error:
-            raise SpecInvalid(f"{uri}: needs {error.name}, which is not installed: pip install 'tunejob[s3]'") from error
+            raise SpecInvalid(f"{uri}: needs {error.name}, which is not here: pip install 'tunejob[s3]'") from error
         return S3Store(uri)
     plain = uri.split("?")[0]  # a presigned address carries its key behind the question mark
     raise SpecInvalid(f"{plain}: no store is opened by {uri.split('://')[0]}://; name s3://BUCKET/PREFIX or a folder")

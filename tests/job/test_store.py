@@ -92,7 +92,7 @@ def test_what_cannot_be_opened_is_refused_by_name(uri: str) -> None:
 
 
 def test_a_presigned_address_is_refused_without_its_signature() -> None:
-    with pytest.raises(SpecInvalid, match="https://bucket/a.jsonl: ") as refusal:
+    with pytest.raises(SpecInvalid, match=r"https://bucket/a\.jsonl: ") as refusal:
         open_store("https://bucket/a.jsonl?X-Amz-Credential=AKIAEXAMPLE&X-Amz-Signature=0123456789abcdef")
     assert "0123456789abcdef" not in str(refusal.value)
     assert "AKIAEXAMPLE" not in str(refusal.value)

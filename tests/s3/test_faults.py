@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from job import transfer
-from job.errors import DiskFailure, IntegrityFailure, TemporaryFailure
+from job.errors import DiskFailure, IntegrityFailure, SpecInvalid, TemporaryFailure
 from job.own import claim
 from job.process import Identity
 from job.s3 import S3Store
@@ -295,6 +295,28 @@ def test_after_the_moment_to_leave_nothing_is_asked_again(s3: S3Store, proxy: Pr
     assert proxy.count("GET") == 1
     with pytest.raises(TemporaryFailure):
         s3.put(large, "large")
+
+
+def test_a_silent_server_holds_nobody_up_who_has_to_leave(s3: S3Store, proxy: Proxy) -> None:
+    patient = S3Store(s3.uri, patience=Patience(connect_seconds=3600, read_seconds=3600, late_seconds=0.5))
+    s3.write("a", b"1")
+    leave = threading.Event()
+
+    def stall(exchange: Exchange) -> None:
+        leave.wait(60)
+        exchange.drop()
+
+    proxy.on("GET", "/a", stall, times=None)
+    patient.hurry(time.monotonic())
+    with pytest.raises(TemporaryFailure, match="falls silent"):
+        patient.read("a")
+    leave.set()
+
+
+def test_a_store_that_refuses_conditions_is_told_so(s3: S3Store, proxy: Proxy) -> None:
+    proxy.on("PUT", "/a", answer(501, "NotImplemented", "If-None-Match"))
+    with pytest.raises(SpecInvalid, match="knows no conditions on writes"):
+        s3.write("a", b"1", if_absent=True)
 
 
 def test_a_wait_is_cut_short_when_it_is_time_to_leave(s3: S3Store, proxy: Proxy) -> None:

@@ -10,7 +10,7 @@ from job.errors import IntegrityFailure
 from job.s3 import S3Store
 from job.store import probe
 from tests.s3.conftest import QUICK, client
-from tests.s3.proxy import between, without
+from tests.s3.proxy import between, flip_request, without
 from tests.s3.weed import BUCKET, Identity
 
 ODD = [
@@ -30,15 +30,15 @@ FINE = ["p/folder", "p/folder/x", "p/a..b", "p/x/y", "p/x", "p/Größe", "p/a b+
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    logging_off = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging_off.start()
-    url = "http://127.0.0.1:{1}".format(*logging_off.get_host_and_port())
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://127.0.0.1:{1}".format(*server.get_host_and_port())
     plain = client(url, Identity("anybody", "anything"))
     plain.create_bucket(Bucket=BUCKET)
     for key in [*ODD, *FINE]:
         plain.put_object(Bucket=BUCKET, Key=key, Body=b"" if key.endswith(("/", "empty")) else b"bytes")
     yield url
-    logging_off.stop()
+    server.stop()
 
 
 @pytest.fixture
@@ -83,8 +83,6 @@ def test_a_probe_tells_a_store_that_ignores_conditions(
 def test_a_store_that_does_not_compare_what_it_gets_is_found_out(
     moto: str, bucket: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.s3.proxy import flip_request
-
     with between(moto) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         proxy.on("PUT", "/flipped", flip_request)

@@ -11,7 +11,7 @@ import pytest
 from s3transfer.utils import ChunksizeAdjuster
 
 from job.directory import DirectoryStore
-from job.errors import AccessDenied, JobError, SpecInvalid
+from job.errors import AccessDenied, SpecInvalid
 from job.s3 import S3Store
 from job.s3_client import PART_BYTES, connection, mask, parse
 from job.store import open_store
@@ -107,10 +107,6 @@ def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, words: st
     with pytest.raises(SpecInvalid, match=words) as refusal:
         S3Store(f"s3://{BUCKET}/a", patience=IMPATIENT).read("a")
     assert "hidden" not in str(refusal.value)
-
-
-def client_for(**_: object) -> object:
-    return connection(1, 1, 1).client
 
 
 @pytest.mark.parametrize(
@@ -211,6 +207,19 @@ def test_without_s3_nothing_of_it_is_imported(tmp_path: Path) -> None:
     assert not {"boto3", "botocore", "s3transfer"} & {name.partition(".")[0] for name in done.stdout.split()}
 
 
+def test_without_its_client_an_address_of_s3_names_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['botocore'] = None\n"
+        "from job.errors import SpecInvalid; from job.store import open_store\n"
+        "try:\n    open_store('s3://bucket/a')\n"
+        "except SpecInvalid as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert "s3://bucket/a: needs botocore" in done.stdout, done.stderr
+    assert "tunejob[s3]" in done.stdout
+
+
 def test_a_plain_path_and_an_address_of_s3_open_different_stores(tmp_path: Path) -> None:
     assert isinstance(open_store(str(tmp_path)), DirectoryStore)
     assert isinstance(open_store(f"s3://{BUCKET}/a"), S3Store)
@@ -218,8 +227,7 @@ def test_a_plain_path_and_an_address_of_s3_open_different_stores(tmp_path: Path)
 
 def test_opening_asks_nothing(enter: Enter, proxy: Proxy) -> None:
     enter("owner", proxy.url)
-    try:
-        open_store(f"s3://{BUCKET}/a")
-    except JobError as error:  # pragma: no cover
-        pytest.fail(str(error))
+    store = open_store(f"s3://{BUCKET}/a")
     assert proxy.asked == []
+    assert list(store.list("")) == []
+    assert len(proxy.asked) == 1
