@@ -138,16 +138,27 @@ def ended(process: subprocess.Popen[str], seconds: float = SECONDS) -> tuple[int
     try:
         said, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill(process)
         said, _ = process.communicate()
         pytest.fail(f"still there after {seconds:g} s:\n{said}")
     return process.returncode, said
 
 
+def pid_1(process: subprocess.Popen[str]) -> int:
+    """The pod's pid 1, by its number here."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
 def terminate(process: subprocess.Popen[str]) -> None:
     """SIGTERM to pid 1 of the pod, as the kubelet sends it."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)
+    os.kill(pid_1(process), signal.SIGTERM)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to pid 1, and so to everything in the pod. Not to unshare: another user's child would outlive it."""
+    with suppress(IndexError, FileNotFoundError):
+        os.kill(pid_1(process), signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
@@ -156,7 +167,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
     while not condition():
         if process.poll() is not None:
             pytest.fail(f"ended with {process.returncode} before {what}: {process.communicate()[0]}")
-        assert time.monotonic() < deadline, f"no {what} in {SECONDS} s"
+        if time.monotonic() > deadline:
+            kill(process)
+            pytest.fail(f"no {what} in {SECONDS} s: {process.communicate()[0]}")
         time.sleep(0.002)
 
 

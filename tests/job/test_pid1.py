@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from job.files import read_json
-from tests.job.pod import REPOSITORY, Pod, cannot_run, ended, pod_folder, terminate, wait_for
+from tests.job.pod import REPOSITORY, Pod, cannot_run, ended, pid_1, pod_folder, terminate, wait_for
 
 pytestmark = pytest.mark.skipif(bool(cannot_run()), reason=cannot_run() or "-")
 
@@ -98,8 +98,7 @@ def test_a_rank_that_is_killed_is_lost_and_no_interruption(folder: Path) -> None
     wait_for(lambda: pod.progress().get("step", 0) >= 12, process, "step 12")
     (pid_file,) = pod.scratch.glob("*/outcomes/rank-1.pid")
     inner = pid_file.read_text().strip()
-    parent = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-    subprocess.run(["nsenter", "-t", parent, "-p", "-m", "kill", "-KILL", inner], check=True)
+    subprocess.run(["nsenter", "-t", str(pid_1(process)), "-p", "-m", "kill", "-KILL", inner], check=True)
     code, said = ended(process)
     assert code == 75, said
     assert "rank-1" in pod.word["message"]
@@ -112,8 +111,9 @@ def test_a_worker_that_hangs_is_ended_with_its_stacks(folder: Path) -> None:
     process = pod.start()
     wait_for(lambda: pod.progress().get("step", 0) >= 12, process, "step 12")
     (pid_file,) = pod.scratch.glob("*/outcomes/rank-1.pid")
-    parent = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-    subprocess.run(["nsenter", "-t", parent, "-p", "-m", "kill", "-STOP", pid_file.read_text().strip()], check=True)
+    subprocess.run(
+        ["nsenter", "-t", str(pid_1(process)), "-p", "-m", "kill", "-STOP", pid_file.read_text().strip()], check=True
+    )
     code, said = ended(process)
     assert code == 85, said
     assert "all_reduce" in said  # where rank 0 waits

@@ -13,7 +13,7 @@ import pytest
 from job import transfer
 from job.layout import COMMIT
 from job.s3 import S3Store
-from tests.job.pod import Pod, cannot_run, ended, pod_folder, terminate, wait_for
+from tests.job.pod import Pod, cannot_run, ended, kill, pod_folder, terminate, wait_for
 from tests.s3.conftest import QUICK, Enter, client
 from tests.s3.proxy import Proxy, drop, slowly, stuck
 from tests.s3.weed import BUCKET, Weed
@@ -233,7 +233,7 @@ def test_a_pod_that_vanishes_is_succeeded_after_its_lease_and_nothing_committed_
     proxy.on("PUT", "/checkpoint-30/", stuck(60), times=None)  # so that it cannot finish
     process = pod.start()
     wait_for(lambda: 20 in bucket.committed("vanished"), process, "checkpoint of step 20")
-    process.kill()
+    kill(process)
     process.communicate()
     proxy.heal()
     newest = bucket.committed("vanished")[-1]
