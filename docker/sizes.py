@@ -23,7 +23,7 @@ def main() -> None:
             member = image.extractfile(layer)
             with tarfile.open(fileobj=member) as content:
                 entries = [(entry.name, entry.size) for entry in content if entry.isfile()]
-            largest = max(entries, key=lambda entry: entry[1])[0]
+            largest = max(entries, key=lambda entry: entry[1], default=("nothing", 0))[0]
             print(f"  layer {layer.size / MIB:8,.0f} MiB  {len(entries):6} files  largest: {largest}")
             for name, size in entries:
                 found = _PACKAGE.match(name)

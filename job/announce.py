@@ -115,7 +115,7 @@ class Announcer:
         self._say_json(word)
         if word.get("phase") == "pull":
             return
-        if word.get("phase") != "train" or "loss" not in word:
+        if word.get("phase") != "train" or "tokens_per_second" not in word:
             self._phase(word)
         elif sys.stderr.isatty() and not speaks_json():
             self._show_bar(word)

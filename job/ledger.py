@@ -36,14 +36,19 @@ def attempts(store: Store) -> list[dict[str, Any]]:
     return records
 
 
-def complete(store: Store, ledger: Sequence[dict[str, Any]]) -> None:
-    """Adds to the last line, if that attempt vanished, what its status had to say last; the store and ``ledger``."""
+def complete(store: Store, ledger: Sequence[dict[str, Any]], newest: int = 0) -> None:
+    """Adds to the last line, if that attempt vanished, what is known of it; in the store and in ``ledger``.
+
+    Args:
+        newest: step of the newest committed checkpoint; the status may not have told of it any more.
+    """
     if not ledger or ledger[-1].get("exit_code") is not None:
         return
     found = store.read(STATUS)
     last = parse_status(found[0]) if found else None
     if last is not None and last.attempt == ledger[-1]["attempt"]:
-        ledger[-1].update(seconds=round(last.elapsed, 3), committed=last.committed, message="vanished")
+        committed = max(last.committed, newest)
+        ledger[-1].update(seconds=round(last.elapsed, 3), committed=committed, message="vanished")
         if last.memory is not None and last.memory >= FULL:
             message = f"vanished with the container's memory at {last.memory:.0%} of its limit"
             ledger[-1].update(exit_code=int(ExitCode.MEMORY), message=message)

@@ -266,10 +266,9 @@ class Attempt:
             BudgetSpent: earlier attempts used up `resources.budget`.
         """
         ledger = attempts(store)
-        complete(store, ledger)
-        if ledger:
-            committed = max(line.get("committed", 0) for line in ledger)
-            self._status = replace(self._status, committed=committed)
+        newest = transfer.newest_step(store)
+        complete(store, ledger, newest)
+        self._status = replace(self._status, committed=newest)
         if self.spec.resources.budget_hours is not None:
             self._budget_left = self.spec.resources.budget_hours * 3600 - seconds_spent(ledger)
         self._status = replace(self._status, attempt=len(ledger) + 1)

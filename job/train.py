@@ -56,8 +56,8 @@ class Worker:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     last_word: float = 0.0
-    position: dict[str, int] = field(default_factory=dict)
-    """Step and steps, once they are known; part of every word."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Step, steps and the step's loss, once they are known; part of every word."""
     resumed_tokens: int = 0
     """Tokens that earlier attempts trained on."""
 
@@ -379,7 +379,7 @@ class _Metrics:
         }
         if self._worker.is_first and (progress.step % every == 0 or progress.step == 1 or last):
             _append(self._worker.workdir.metrics, word)
-        self._worker.position = {"step": progress.step, "steps": order.steps}
+        self._worker.position = {"step": progress.step, "steps": order.steps, "loss": progress.loss}
         if last or time.monotonic() - self._worker.last_word > 0.3:
             self._worker.tell(phase="train", **word)
 

@@ -151,6 +151,11 @@ def prune(store: Store, keep: int | Literal["all"], best: int | None = None) -> 
     return old
 
 
+def newest_step(store: Store) -> int:
+    """Step of the newest committed checkpoint, readable or not; 0 if there is none."""
+    return max((step for step, _ in _marked(store)), default=0)
+
+
 def any_committed(store: Store) -> bool:
     """Whether anything was ever committed here, readable or not: if so, the prefix belongs to its spec and inputs."""
     return bool(_marked(store))

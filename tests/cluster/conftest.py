@@ -16,7 +16,7 @@ import pytest
 
 from tests.cluster.bucket import BUCKET, Bucket
 from tests.cluster.kubectl import Kubectl, manifest
-from tests.cluster.running import CREDENTIALS, SMALL, Ended, Lab, lacking, tiny_spec
+from tests.cluster.running import CREDENTIALS, FIGURES, SMALL, Ended, Lab, lacking, tiny_spec
 from tests.job import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +96,11 @@ LONG = {
 def straight(lab: Lab) -> Ended:
     """A run that nothing disturbs; those that are disturbed must end like it."""
     return lab.job(tiny_spec("long", **LONG)).run().completed()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was measured."""
+    if FIGURES:
+        terminalreporter.section("measured on the cluster")
+        for line in FIGURES:
+            terminalreporter.write_line(line)

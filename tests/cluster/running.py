@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,9 @@ CREDENTIALS = "s3-credentials"
 """The Secret that lets a run do what it needs."""
 EMPTY_DIR = "emptyDir: {{sizeLimit: {}}}"
 CLAIM = "persistentVolumeClaim: {{claimName: {}}}"
+
+FIGURES: list[str] = []
+"""What tests measured; printed at the end."""
 
 
 def lacking(what: str) -> NoReturn:
@@ -64,6 +68,12 @@ class Pod:
     def code(self) -> int | None:
         """How its container left; None while it runs."""
         return self._ended.get("exitCode")
+
+    @property
+    def seconds_to_start(self) -> float:
+        """From the pod's creation to its container's start."""
+        created, started = self.manifest["metadata"]["creationTimestamp"], self._ended["startedAt"]
+        return (datetime.fromisoformat(started) - datetime.fromisoformat(created)).total_seconds()
 
     @property
     def reason(self) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from tests.cluster.bucket import BUCKET
 from tests.cluster.kubectl import wait_for
-from tests.cluster.running import SMALL, Ended, KubeJob, Lab, tiny_spec
+from tests.cluster.running import FIGURES, SMALL, Ended, KubeJob, Lab, tiny_spec
 from tests.job import tiny
 
 pytestmark = pytest.mark.cluster
@@ -49,6 +49,15 @@ def test_a_small_model_on_public_data_gives_an_adapter_that_loads_in_stock_peft(
     assert (said["code"], said["step"], said["committed"]) == (0, 12, 12)
     assert said["manifest_sha256"] == hashlib.sha256(lab.bucket.get(f"{results.prefix}run/manifest.json")).hexdigest()
     assert_loads_and_differs(folder)
+
+    phases = results.json("eval_results.json")["performance"]["phases"]
+    before = {name: phases[name] for name in ("preflight", "own", "pull", "prepare", "start", "load")}
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in before.items())
+    start = ended.only_pod().seconds_to_start
+    FIGURES.append(
+        f"pod to first step, SmolLM2-135M: {start + sum(before.values()):.0f} s: container {start:.0f}, {parts}"
+    )
+    FIGURES.append(f"its training: {phases['train']:.1f} s for 12 steps; verify {phases['verify']:.1f} s")
 
 
 def assert_loads_and_differs(folder: Path) -> None:

@@ -41,6 +41,14 @@ def test_an_attempt_that_vanished_is_completed_from_its_last_status(store: Direc
     assert seconds_spent(ledger) == 35.5
 
 
+def test_a_commit_that_the_status_did_not_tell_of_counts(store: DirectoryStore) -> None:
+    record_attempt(store, 1, {"attempt": 1, "exit_code": None, "seconds": 0.1})
+    store.write(STATUS, Status(run="r", attempt=1, phase="train", committed=40, elapsed=25.5).dump())
+    ledger = attempts(store)
+    complete(store, ledger, newest=80)
+    assert ledger[0]["committed"] == 80
+
+
 @pytest.mark.parametrize("status_of", [1, 3])
 def test_the_status_of_another_attempt_completes_nothing(store: DirectoryStore, status_of: int) -> None:
     record_attempt(store, 2, {"attempt": 2, "exit_code": None, "seconds": 0.1})
