@@ -110,11 +110,13 @@ class Announcer:
         """Takes a phase of the supervisor's own."""
         self._say_json({"phase": name})
 
+    def pulling(self, here: Callable[[], int], in_all: int) -> None:
+        """Takes how many bytes of the inputs there are; ``here`` is asked only if it is told."""
+        self._say_json({"phase": "pull"}, lambda: {"bytes": here(), "of": in_all})
+
     def progress(self, word: Mapping[str, Any]) -> None:
-        """Takes the latest word: phase; in training step, steps, loss and tokens_per_second; in pulling bytes, of."""
+        """Takes the worker's latest word: phase, and in training step, steps, loss and tokens_per_second."""
         self._say_json(word)
-        if word.get("phase") == "pull":
-            return
         if word.get("phase") != "train" or "tokens_per_second" not in word:
             self._phase(word)
         elif sys.stderr.isatty() and not speaks_json():
@@ -122,7 +124,7 @@ class Announcer:
         elif time.monotonic() - self._said_at >= _EVERY_SECONDS or word["step"] == word["steps"]:
             self._say(word)
 
-    def _say_json(self, word: Mapping[str, Any]) -> None:
+    def _say_json(self, word: Mapping[str, Any], more: Callable[[], Mapping[str, Any]] = dict) -> None:
         """One line when the phase is another, when training is over, and every few seconds."""
         key = (word.get("phase"), word.get("what"), bool(word.get("steps")) and word.get("step") == word.get("steps"))
         if not speaks_json() or (key == self._json_said and time.monotonic() - self._json_at < _JSON_SECONDS):
@@ -131,7 +133,7 @@ class Announcer:
         status = asdict(self._status())
         known = {name: status[name] for name in ("run", "attempt", "step", "steps", "loss", "committed", "memory")}
         with suppress(OSError, ValueError):  # nobody reads stdout, or it is closed
-            sys.stdout.buffer.write(_line(known | dict(word)))
+            sys.stdout.buffer.write(_line(known | dict(word) | dict(more())))
             sys.stdout.buffer.flush()
 
     def _phase(self, word: Mapping[str, Any]) -> None:

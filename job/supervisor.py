@@ -293,9 +293,7 @@ class Attempt:
             self.leaving.check("while the inputs were brought")
             self._scratch.check()
             self._require_ownership()
-            if survey.bytes_to_bring:
-                word = {"phase": "pull", "bytes": survey.bytes_here(), "of": survey.bytes_to_bring}
-                self._announcer.progress(word)
+            self._announcer.pulling(survey.bytes_here, survey.bytes_to_bring)
 
         self._survey_made = survey
         survey = survey.bring(recorded, tick)
@@ -373,6 +371,8 @@ class Attempt:
                 known = {key: word[key] for key in ("phase", "step", "steps", "loss") if key in word}
                 self._status = replace(self._status, **known)
                 self._announcer.progress(word)
+        else:
+            self._announcer.phase(self._status.phase)
         memory = container.memory()
         self._status = replace(self._status, memory=round(memory.used / memory.limit, 3) if memory else None)
         self._merge_committed()
@@ -425,6 +425,7 @@ class Attempt:
         def tick() -> None:
             self.leaving.check_time("while publishing; the next attempt publishes without training")
             self._require_ownership()
+            self._announcer.phase("publish")
 
         extra = {"run": self._status.run, "spec_digest": digest(self.spec)}
         self._manifest = transfer.publish(store, files, extra, tick)
