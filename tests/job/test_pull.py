@@ -96,7 +96,7 @@ MISSING: list[tuple[str, dict[str, str], type[JobError], list[str]]] = [
     ("model file", {"model": "train.jsonl"}, InputMissing, ["model train.jsonl: a file", "config.json"]),
     ("data", {"train": "nothing.jsonl"}, InputMissing, ["data.train nothing.jsonl: no such file", "looked for"]),
     ("data folder", {"train": "corpus"}, InputMissing, ["data.train corpus: a folder", "name a file", "part.jsonl"]),
-    ("scheme", {"train": "gs://bucket/t.jsonl"}, SpecInvalid, ["gs://bucket", "s3://", "file:///PATH"]),
+    ("scheme", {"train": "gs://bucket/t.jsonl"}, SpecInvalid, ["gs://bucket", "s3://BUCKET", "or a folder"]),
     ("eval", {"eval": "nothing.jsonl"}, InputMissing, ["data.eval nothing.jsonl: no such file"]),
     ("file URI", {"train": "file:nothing.jsonl"}, InputMissing, ["data.train file:nothing.jsonl"]),
     ("elsewhere", {"train": "file://host/x"}, SpecInvalid, ["file://host/x", "file:///PATH"]),
