@@ -40,8 +40,10 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
     from job.spec import read, run_id
     from job.supervisor import supervise
 
-    if not arguments.spec.exists():
-        raise SpecNotMounted(f"no spec at {arguments.spec}; mount the ConfigMap there, or name a file with --spec")
+    if not os.path.exists(arguments.spec):  # also where the folder may not be looked into
+        raise SpecNotMounted(
+            f"no spec at {arguments.spec} that this user can see; mount the ConfigMap there, or name a file with --spec"
+        )
     spec = read(arguments.spec)
     root: str = arguments.output or os.environ.get(OUTPUT, "")
     if not root and arguments.folder is None:
@@ -52,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
 
 def _leave_at_once(*_: object) -> None:
     """Until the supervisor takes over there is nothing to save; as pid 1 a signal without a handler would be lost."""
-    log.error("asked to leave before anything began")
+    _say_why(ExitCode.INTERRUPTED, "asked to leave before anything began")
     os._exit(ExitCode.INTERRUPTED)
 
 
@@ -91,7 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _leave_at_once)
     setup_logging()
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as leaving:
+        if leaving.code:
+            _say_why(ExitCode.CALLED_WRONGLY, "called wrongly; see the log")
+        raise
     try:
         _make_folders()
         return _run(arguments)

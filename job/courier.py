@@ -9,14 +9,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from job import layout, transfer
-from job.errors import AccessDenied, JobError, TemporaryFailure
+from job.errors import AccessDenied, InternalError, JobError, TemporaryFailure
 from job.files import read_json
 from job.own import Ownership
-from job.store import Store
+from job.store import Store, foreseen
 from job.workdir import WorkDir
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Courier:
         self._leave = threading.Event()
         self._work = threading.Lock()
         self._sending: Path | None = None
+        self._queue = threading.Lock()
         # Two threads: a status that cannot be written must not hold a checkpoint up, nor the other way round.
         self._threads = [
             threading.Thread(target=body, name=name, daemon=True)
@@ -116,8 +118,17 @@ class Courier:
             except JobError as error:
                 self._failure = error
                 return
-            except OSError as error:  # the work directory is taken away while the attempt ends
-                log.debug("courier: %s", error)
+            except Exception as error:
+                if self._leave.is_set():  # the work directory is taken away while the attempt ends
+                    return
+                self._failure = self._explained(error)
+                return
+
+    def _explained(self, error: Exception) -> JobError:
+        if isinstance(error, OSError):
+            return foreseen(error, "a checkpoint cannot be sent", self._workdir.root)
+        log.error("a failure nobody foresaw; please report it", exc_info=error)
+        return InternalError(f"the courier ended: {type(error).__name__}: {error}")
 
     def _is_refused_for_good(self, error: JobError) -> bool:
         if not isinstance(error, AccessDenied):
@@ -146,16 +157,22 @@ class Courier:
         if self._keep == "all":
             return
         for folder in self._waiting()[: -max(QUEUED, self._keep)]:
-            if folder == self._sending:
-                continue
-            log.warning("%s was never sent: newer ones wait for the store too", folder.name)
-            shutil.rmtree(folder, ignore_errors=True)
+            given_up = folder.with_name(f".{folder.name}.given-up")
+            with self._queue:
+                if folder == self._sending:
+                    continue
+                with suppress(FileNotFoundError):  # sent at this very moment
+                    folder.rename(given_up)  # at once: half of it must not pass for a checkpoint
+            if given_up.exists():
+                log.warning("%s was never sent: newer ones wait for the store too", folder.name)
+                shutil.rmtree(given_up, ignore_errors=True)
 
     def _commit_sealed(self) -> None:
         for folder in self._waiting():
-            if not folder.exists():  # given up meanwhile
-                continue
-            self._sending = folder
+            with self._queue:
+                if not folder.exists():  # given up meanwhile
+                    continue
+                self._sending = folder
             self._ownership.check()
             state = read_json(folder / layout.CHECKPOINT_STATE)
             extra = {"spec_digest": state["spec_digest"], "eval_loss": state["eval_loss"]}
@@ -170,8 +187,9 @@ class Courier:
 
     def push_metrics(self) -> None:
         """Sends metrics and log as they are."""
-        for path, key in ((self._workdir.metrics, layout.METRICS), (self._workdir.log, layout.TRAINING_LOG)):
+        for path, name in ((self._workdir.metrics, layout.METRICS), (self._workdir.log, layout.TRAINING_LOG)):
             if path.exists():
+                key = layout.so_far(name, self._ownership.generation)
                 send_copy(self._store, path, key, self._workdir.outgoing)
 
 

@@ -1,6 +1,7 @@
 """Which key of the store holds what. Keys are relative to the run's prefix and never joined by hand elsewhere."""
 
 import re
+from collections.abc import Iterable
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_SAFETENSORS = "adapter_model.safetensors"
@@ -22,6 +23,10 @@ ATTEMPTS = "run/attempts/"
 INPUTS = "run/inputs.json"
 CHECKPOINT_STATE = "training_state.json"
 """What a checkpoint knows besides tensors; see ``job.checkpoint.State``."""
+
+SO_FAR = "run/generation-"
+"""Log and metrics of a run that is not published yet, by owner generation: an owner that lost the run without knowing
+must not write over what its successor published."""
 
 MANIFEST = "run/manifest.json"
 """Written last: no manifest, no result."""
@@ -48,6 +53,22 @@ def parse_checkpoint(name: str) -> tuple[int, int] | None:
     if match is None:
         return None
     return int(match["step"]), int(match["generation"] or 1)
+
+
+def so_far(name: str, generation: int) -> str:
+    """Where an owner keeps ``TRAINING_LOG`` or ``METRICS`` until the run is published."""
+    return f"{SO_FAR}{generation:06d}/{name}"
+
+
+def newest_so_far(keys: Iterable[str], name: str) -> str | None:
+    """Of a listing below ``SO_FAR`` the newest owner's log or metrics; None if nobody left any."""
+    return max((key for key in keys if key.endswith(f"/{name}")), default=None)
+
+
+def attempt_number(key: str) -> int:
+    """The number of the attempt whose record a key of the ledger holds; 0 for any other key."""
+    name = key.removeprefix(ATTEMPTS).removesuffix(".json")
+    return int(name) if name.isdecimal() else 0
 
 
 def attempt_key(number: int) -> str:

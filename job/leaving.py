@@ -1,17 +1,14 @@
 """The request to leave: when it came, how long there is, and an end to it whatever still holds us up."""
 
-import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from job.errors import Interrupted
 from job.exits import ExitCode
-
-log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -19,12 +16,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Leaving:
     """Set by SIGTERM, SIGINT or SIGHUP, however often they come; the grace period counts from the first."""
 
-    def __init__(self, grace_seconds: float, on_asked: Callable[[float], None], on_late: Callable[[], None]) -> None:
+    def __init__(
+        self, grace_seconds: float, on_asked: Callable[[float], None], on_late: Callable[[], ExitCode]
+    ) -> None:
         """
         Args:
             grace_seconds: from the request to the kill.
             on_asked: gets the moment (``time.monotonic``) by which everything should be done; called in another thread.
-            on_late: called just before this process is ended because the grace period is over; in another thread.
+            on_late: called just before this process is ended because the grace period is over, and says with which
+                code; in another thread.
         """
         self._grace = grace_seconds
         self._on_asked, self._on_late = on_asked, on_late
@@ -77,9 +77,12 @@ class Leaving:
     def _watch(self) -> None:
         # Not in the handler: it may interrupt code that holds the very lock a callback wants.
         self._asked.wait()
-        self._on_asked(self.leave_by)
+        with suppress(Exception):  # it only makes leaving quicker
+            self._on_asked(self.leave_by)
         last_moment = self._asked_at + self._grace - min(2.0, self._grace / 5)
         if not self._over.wait(max(0.0, last_moment - time.monotonic())):
-            log.error("the grace period is over; leaving what is under way")
-            self._on_late()
-            os._exit(ExitCode.INTERRUPTED)
+            code = ExitCode.INTERRUPTED
+            try:  # without a line of log: nobody may be reading them, and then they hold us up
+                code = self._on_late()
+            finally:
+                os._exit(code)

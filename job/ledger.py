@@ -7,7 +7,7 @@ from typing import Any
 from job.container import FULL
 from job.errors import IntegrityFailure, NoProgress
 from job.exits import ExitCode
-from job.layout import ATTEMPTS, STATUS, attempt_key
+from job.layout import ATTEMPTS, STATUS, attempt_key, attempt_number
 from job.status import parse_status
 from job.store import Store, from_json, to_json
 
@@ -86,6 +86,11 @@ def require_progress(ledger: Sequence[Mapping[str, Any]], job: str) -> None:
             f"without a new checkpoint (the newest is of step {committed}); the last one said: {last}. Mend the cause, "
             "then start it anew under another Job name (raise restart)"
         )
+
+
+def next_number(store: Store) -> int:
+    """Number of the next attempt: above every key of the ledger, readable or not."""
+    return max((attempt_number(entry.key) for entry in store.list(ATTEMPTS)), default=0) + 1
 
 
 def seconds_spent(ledger: Sequence[dict[str, Any]]) -> float:

@@ -154,6 +154,8 @@ class Ownership:
                 return
             except JobError as error:
                 log.warning("heartbeat: %s", error)
+            except Exception:  # a heart that stops unseen loses the run
+                log.exception("heartbeat: a failure nobody foresaw; please report it")
 
     def _write(self, ended: str | None) -> None:
         """One heartbeat, and perhaps the last. Under a lock: the thread's and a check's must not meet."""

@@ -58,8 +58,8 @@ def parse(uri: str) -> Location:
         raise SpecInvalid(f"{uri.split('@')[-1]}: names no bucket; an address is s3://BUCKET/PREFIX")
     if not _BUCKET.fullmatch(bucket) or ".." in bucket:
         raise SpecInvalid(
-            f"s3://.../{prefix}: the bucket's name is none: 3 to 63 small letters, digits, '-' and '.', "
-            "without credentials and without a region"
+            f"s3://.../{prefix.rpartition('@')[2]}: the bucket's name is none: 3 to 63 small letters, digits, '-' and "
+            "'.', without credentials and without a region"
         )
     parts = prefix.removesuffix("/").split("/") if prefix else []
     for part in parts:
@@ -224,12 +224,16 @@ def _require_files() -> None:
 
 def _require_plausible(endpoint: str) -> None:
     """Raises SpecInvalid if the endpoint is no address, or one where machines keep their own credentials."""
-    parts = urlsplit(endpoint)
-    host, scheme = parts.hostname, parts.scheme
-    if parts.username or parts.password:
+    shown = "" if "@" in endpoint else f"={endpoint}"  # what stands before an @ may be a key
+    try:
+        parts = urlsplit(endpoint)
+        host, scheme, _ = parts.hostname, parts.scheme, parts.port
+    except ValueError:
+        host, scheme = None, ""
+    if "@" in endpoint:
         raise SpecInvalid("AWS_ENDPOINT_URL_S3: carries credentials; they belong into a Secret")
     if scheme not in ("http", "https") or not host:
-        raise SpecInvalid(f"AWS_ENDPOINT_URL_S3={endpoint}: no address of a store; it is https://HOST:PORT")
+        raise SpecInvalid(f"AWS_ENDPOINT_URL_S3{shown}: no address of a store; it is https://HOST:PORT")
     addresses = []
     with suppress(OSError):  # a name that cannot be resolved now is asked for again when the store is
         addresses = [str(item[4][0]) for item in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]

@@ -22,12 +22,12 @@ from job.announce import Announcer, leave_word, log_to
 from job.attend import Attendant
 from job.basemodel import inspect
 from job.courier import Courier, send_copy
-from job.errors import BudgetSpent, Conflict, InternalError, JobError, SpecInvalid
+from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
 from job.exits import EXITS, ExitCode, JobReaction
 from job.files import read_json, write_json
 from job.inputs import Input, Inputs, write_inputs
 from job.leaving import Leaving
-from job.ledger import attempts, complete, record_attempt, require_progress, seconds_spent
+from job.ledger import attempts, complete, next_number, record_attempt, require_progress, seconds_spent
 from job.outcome import as_foreseen
 from job.own import Ownership, claim
 from job.results import eval_results, model_card
@@ -70,6 +70,8 @@ def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) 
             code, message = ExitCode.OK, ""
         except Exception as error:
             foreseen = as_foreseen(error)
+            if isinstance(foreseen, TemporaryFailure) and attempt.leaving.is_asked:
+                foreseen = Interrupted(f"asked to leave; {foreseen}")  # there was no time left to wait for it
             if foreseen is None:
                 log.exception("a failure nobody foresaw; please report it")
                 code, message = ExitCode.CRASH, f"{type(error).__name__}: {error}"
@@ -112,6 +114,8 @@ class Attempt:
         self._budget_left = float("inf")
         self._survey_made: pull.Survey | None = None
         self._manifest: transfer.Manifest | None = None
+        self._is_in_ledger = False
+        self._may_be_published = False
 
     def run(self) -> None:
         """All phases.
@@ -131,9 +135,9 @@ class Attempt:
                 )
         with self._phase("own"):
             self._refuse_other_spec(store)
-            if self._already_published(store):
+            # Once more when it is ours: another attempt may have published while we watched its heartbeat.
+            if self._already_published(store) or not self._own(store):
                 return
-            self._own(store)
         with self._phase("pull"):
             inputs = self._pull(store)
         with self._phase("prepare"):
@@ -153,7 +157,7 @@ class Attempt:
             self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _LAST_WORDS_SECONDS))
         if self._courier is not None:
             self._courier.stop()
-        if self._ownership is not None and self._store is not None and code != ExitCode.FENCED:
+        if self._store is not None and self._is_ours():
             for act in (self._tell_status, self._record_attempt, self._push_log):
                 _best_effort(act, self._store)
             self._sweep_scratch()
@@ -164,9 +168,21 @@ class Attempt:
             self._log_handler.close()
         if code not in (ExitCode.CRASH, ExitCode.INTERNAL):
             shutil.rmtree(self.workdir.root, ignore_errors=True)
-        if EXITS[code].reaction in (JobReaction.COMPLETE, JobReaction.FAIL):  # else the next attempt may need it
+        owned = self._ownership is not None and not self._ownership.is_lost
+        if owned and EXITS[code].reaction in (JobReaction.COMPLETE, JobReaction.FAIL):  # else the next may need it
             shutil.rmtree(self._brought, ignore_errors=True)
         self._leave_word()
+
+    def _is_ours(self) -> bool:
+        """Whether this attempt is in the ledger and, proven now, still owns the run: only then it may write."""
+        if self._ownership is None or not self._is_in_ledger:
+            return False
+        try:
+            self._ownership.check()
+        except JobError as error:
+            log.warning("no word of the end is left: %s", error)
+            return False
+        return True
 
     def _leave_word(self) -> None:
         manifest = self._manifest.sha256 if self._manifest else None
@@ -176,13 +192,17 @@ class Attempt:
         if self._store is not None:
             self._store.hurry(until)
 
-    def _leave_late(self) -> None:
+    def _leave_late(self) -> ExitCode:
         """What must not be left out even if the grace period is over: no orphan, and a word on how it ended."""
         if self._child is not None:
             self._child.kill()
+        if self._status.exit_code == ExitCode.OK:  # published, and only the last words to the store are missing
+            self._leave_word()
+            return ExitCode.OK
         message = f"asked to leave; the grace period ended in phase {self._status.phase}; {self._kept()}"
         self._status = replace(self._status, exit_code=int(ExitCode.INTERRUPTED), message=message)
         self._leave_word()
+        return ExitCode.INTERRUPTED
 
     # own
 
@@ -229,8 +249,11 @@ class Attempt:
             )
         return survey, recorded
 
-    def _own(self, store: Store) -> None:
+    def _own(self, store: Store) -> bool:
+        """Makes the run ours. False if it was published meanwhile: then nothing is left to do."""
         self._ownership = claim(store, digest(self.spec), is_free_of_specs=lambda: not self._holds_something(store))
+        if self._already_published(store):
+            return False
         store.sweep("")
         if not self._holds_something(store):
             store.delete(layout.INPUTS)
@@ -238,11 +261,11 @@ class Attempt:
         number = self._enter_ledger(store)
         self._sweep_scratch()
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
-        self._fetch_if_there(store, layout.TRAINING_LOG, self.workdir.log)
+        self._fetch_so_far(store, layout.TRAINING_LOG, self.workdir.log)
         self._log_handler = log_to(self.workdir.log)
         log.info("run %s, attempt %d: %s of %s", self._status.run, number, self.spec.method, self.spec.model.name)
         if store.read(layout.TRAINING_CONFIG) is None:
-            store.write(layout.TRAINING_CONFIG, dump(self.spec).encode(), if_absent=True)
+            transfer.write_once(store, layout.TRAINING_CONFIG, dump(self.spec).encode())
         self._courier = Courier(
             store,
             self._ownership,
@@ -252,6 +275,7 @@ class Attempt:
             _STATUS_SECONDS,
         )
         self._courier.start()
+        return True
 
     def _sweep_scratch(self) -> None:
         """Removes what attempts that were killed left. Nobody reads it, whatever an orphan of theirs still writes."""
@@ -271,7 +295,8 @@ class Attempt:
         self._status = replace(self._status, committed=newest)
         if self.spec.resources.budget_hours is not None:
             self._budget_left = self.spec.resources.budget_hours * 3600 - seconds_spent(ledger)
-        self._status = replace(self._status, attempt=len(ledger) + 1)
+        self._status = replace(self._status, attempt=next_number(store))
+        self._is_in_ledger = True
         self._record_attempt(store)
         self._require_budget()
         require_progress(ledger, os.environ.get(JOB, ""))
@@ -299,7 +324,7 @@ class Attempt:
         survey = survey.bring(recorded, tick)
         inspect(survey.inputs.model.path, self.spec.model.name)
         if not recorded:
-            store.write(layout.INPUTS, to_json({"inputs": survey.records}), if_absent=True)
+            transfer.write_once(store, layout.INPUTS, to_json({"inputs": survey.records}))
         with translated("the record of the inputs: cannot be written", self.workdir.root):
             write_inputs(self.workdir.inputs, survey.inputs)
         commit = transfer.newest_verified(
@@ -307,12 +332,14 @@ class Attempt:
         )
         self._status = replace(self._status, committed=commit.step if commit else 0)
         if commit is not None:
-            self._fetch_if_there(store, layout.METRICS, self.workdir.metrics)
+            self._fetch_so_far(store, layout.METRICS, self.workdir.metrics)
             log.info("going on from the checkpoint of step %d", commit.step)
         return survey.inputs
 
-    def _fetch_if_there(self, store: Store, key: str, to: Path) -> None:
-        if store.stat(key) is not None:
+    def _fetch_so_far(self, store: Store, name: str, to: Path) -> None:
+        """Log or metrics of the attempts before, if any left them."""
+        key = layout.newest_so_far((entry.key for entry in store.list(layout.SO_FAR)), name)
+        if key is not None:
             store.get(key, to)
 
     # prepare, train, seal, evaluate, verify
@@ -428,7 +455,12 @@ class Attempt:
             self._announcer.phase("publish")
 
         extra = {"run": self._status.run, "spec_digest": digest(self.spec)}
-        self._manifest = transfer.publish(store, files, extra, tick)
+        self._manifest = transfer.publish(store, files, extra, tick, self._expect_publication)
+        for entry in list(store.list(layout.SO_FAR)):
+            _best_effort(store.delete, entry.key)
+
+    def _expect_publication(self) -> None:
+        self._may_be_published = True
 
     # word of it
 
@@ -469,10 +501,12 @@ class Attempt:
         record_attempt(store, self._status.attempt, record)
 
     def _push_log(self, store: Store) -> None:
-        """After publication the manifest holds the log's hash: what comes then is not for it."""
-        if self._log_handler is not None and self._status.exit_code != ExitCode.OK:
-            self._log_handler.flush()
-            send_copy(store, self.workdir.log, layout.TRAINING_LOG, self.workdir.outgoing)
+        """The log so far, for the next attempt and, while there is no result, for people."""
+        if self._log_handler is None or self._may_be_published or self._ownership is None:
+            return
+        self._log_handler.flush()
+        for key in (layout.so_far(layout.TRAINING_LOG, self._ownership.generation), layout.TRAINING_LOG):
+            send_copy(store, self.workdir.log, key, self.workdir.outgoing)
 
 
 def _best_effort(act: Callable[..., None], *arguments: Any) -> None:

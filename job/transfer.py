@@ -184,7 +184,11 @@ def _read_commit(store: Store, step: int, generation: int) -> Commit | None:
 
 
 def publish(
-    store: Store, files: Mapping[str, Path], extra: Mapping[str, Any], tick: Callable[[], None] = nothing
+    store: Store,
+    files: Mapping[str, Path],
+    extra: Mapping[str, Any],
+    tick: Callable[[], None] = nothing,
+    before_seal: Callable[[], None] = nothing,
 ) -> Manifest:
     """The published manifest, once every file and then the manifest are in the store and read back, byte by byte.
 
@@ -192,6 +196,8 @@ def publish(
         files: by key, relative to the run's prefix.
         extra: what else the manifest records.
         tick: called a few times a second until the manifest is about to be written; what it raises ends the attempt.
+        before_seal: called just before that. From then on the result may be published, whatever is heard of it: nothing
+            that the manifest lists may be written any more.
 
     Raises:
         Conflict: a result is published already.
@@ -205,6 +211,7 @@ def publish(
     manifest = Manifest(entries, record, hashlib.sha256(to_json(record)).hexdigest())
     verify_manifest(store, manifest, tick)  # before the manifest: what it lists is right from its first moment on
     tick()
+    before_seal()
     _seal(store, MANIFEST, record)
     return manifest
 
@@ -253,12 +260,16 @@ def _send(store: Store, files: Mapping[str, tuple[Path, FileEntry]], tick: Calla
 
 
 def _seal(store: Store, key: str, record: Mapping[str, Any]) -> None:
-    """Writes the object that makes others count, once, and reads it back.
+    """Writes the object that makes others count; see ``write_once``."""
+    write_once(store, key, to_json(record))
+
+
+def write_once(store: Store, key: str, data: bytes) -> None:
+    """Writes an object that is not there yet, and reads it back.
 
     Raises:
         Conflict: another one is there. The same one is not another: a lost reply makes us write twice.
     """
-    data = to_json(record)
     try:
         store.write(key, data, if_absent=True)
     except PreconditionFailed:

@@ -80,7 +80,7 @@ def test_what_is_sealed_is_committed_and_leaves_the_disk(store: Moody, workdir: 
     wait_until(lambda: steps(store) == [6, 4])
     carrier.stop()
     assert not list(workdir.checkpoints.iterdir())
-    assert (store.root / layout.METRICS).read_text() == '{"step": 1}\n'
+    assert (store.root / layout.so_far(layout.METRICS, 1)).read_text() == '{"step": 1}\n'
     assert json.loads((store.root / layout.STATUS).read_text()) == {"phase": "train"}
 
 

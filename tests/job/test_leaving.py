@@ -17,6 +17,7 @@ STUCK = """
     leaving = Leaving(2.0, lambda until: hurried.append(until - time.monotonic()), lambda: told())
     def told():
         Path(sys.argv[1]).write_text(str(hurried))
+        raise OSError("whatever happens here, it is left")
     with leaving.listening():
         print("up", flush=True)
         if sys.argv[2] == "stuck":
