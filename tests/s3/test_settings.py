@@ -65,9 +65,10 @@ def test_an_address_that_names_no_place_is_refused(uri: str, words: str) -> None
         open_store(uri)
 
 
-def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize("secret", ["hidden-secret", "hid/hidden", "a/hidden@b/hidden"])
+def test_credentials_in_an_address_are_refused_and_not_repeated(secret: str) -> None:
     with pytest.raises(SpecInvalid, match="without credentials") as refusal:
-        open_store("s3://AKIAABCDEFGHIJKLMNOP:hidden-secret@bucket/a")
+        open_store(f"s3://AKIAABCDEFGHIJKLMNOP:{secret}@bucket/a")
     assert "hidden" not in str(refusal.value)
     assert "AKIA" not in str(refusal.value)
 
@@ -96,6 +97,9 @@ def test_an_endpoint_where_machines_keep_their_own_credentials_is_refused(endpoi
         ("AWS_ENDPOINT_URL_S3", "http://", "no address of a store"),
         ("AWS_ENDPOINT_URL_S3", "ftp://host", "no address of a store"),
         ("AWS_ENDPOINT_URL_S3", "http://me:hidden@host", "carries credentials"),
+        ("AWS_ENDPOINT_URL_S3", "me:hidden@host:9000", "carries credentials"),
+        ("AWS_ENDPOINT_URL_S3", "http://me:hid/hidden@host", "carries credentials"),
+        ("AWS_ENDPOINT_URL_S3", "http://host:many", "no address of a store"),
         ("AWS_ENDPOINT_URL_S3", "http://a b:9000", "AWS_ENDPOINT_URL_S3"),
         ("TUNEJOB_S3_ADDRESSING", "paths", "one of path, virtual and auto"),
         ("AWS_REQUEST_CHECKSUM_CALCULATION", "never", "when_required"),
