@@ -339,6 +339,8 @@ class Attempt:
     def _fetch_so_far(self, store: Store, name: str, to: Path) -> None:
         """Log or metrics of the attempts before, if any left them."""
         key = layout.newest_so_far((entry.key for entry in store.list(layout.SO_FAR)), name)
+        if key is None and store.stat(name) is not None:  # of a result that was published once
+            key = name
         if key is not None:
             store.get(key, to)
 
