@@ -34,9 +34,9 @@ class Memory:
     limit: int
 
     @property
-    def is_full(self) -> bool:
-        """Whether the kernel is about to end something."""
-        return self.used >= FULL * self.limit
+    def share(self) -> float:
+        """Of the limit in use, from 0 to 1; from ``FULL`` on the kernel is about to end something."""
+        return self.used / self.limit
 
 
 def memory(cgroup: Path = _CGROUP) -> Memory | None:

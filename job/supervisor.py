@@ -114,6 +114,7 @@ class Attempt:
         self._budget_left = float("inf")
         self._survey_made: pull.Survey | None = None
         self._manifest: transfer.Manifest | None = None
+        self._unsent: JobError | None = None
         self._is_in_ledger = False
         self._may_be_published = False
 
@@ -360,21 +361,20 @@ class Attempt:
                 self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _AFTER_FAILURE_SECONDS))
             self._flush()  # what was sealed before a failure is worth as much as what was sealed before success
             raise
-        failure = self._flush()
-        if failure is not None:
-            raise failure
+        if self._unsent is not None:
+            raise self._unsent
 
-    def _flush(self) -> JobError | None:
-        """Commits whatever is sealed; what kept it from that is returned, for there may be a better reason to tell."""
+    def _flush(self) -> None:
+        """Commits whatever is sealed; what kept it from that is kept, for there may be a better reason to tell."""
+        self._unsent = None
         try:
             if self._courier is not None:
                 self._courier.finish()
         except JobError as error:
             log.warning("%s", error)
-            return error
+            self._unsent = error
         finally:
             self._merge_committed()
-        return None
 
     def _attend(self, child: launch.Child, processes: list[str], *, trains: bool = False) -> None:
         self._child = child
@@ -403,7 +403,7 @@ class Attempt:
         else:
             self._announcer.phase(self._status.phase)
         memory = container.memory()
-        self._status = replace(self._status, memory=round(memory.used / memory.limit, 3) if memory else None)
+        self._status = replace(self._status, memory=round(memory.share, 3) if memory else None)
         self._merge_committed()
         if self._courier is not None:
             self._courier.check()
