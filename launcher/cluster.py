@@ -1,0 +1,380 @@
+"""The only door to the API server: the official client's ``ApiClient`` for kubeconfig, authentication and transport;
+bodies are plain JSON.
+
+Every call is idempotent, so that a reply that got lost is asked for again.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+from launcher.codes import ClusterUnreachable, LauncherError, NotAllowed, NotFound, Refused
+from launcher.labels import FIELD_MANAGER, Manifest
+
+T = TypeVar("T")
+
+PAGE = 500
+"""Objects per answer of a list."""
+TIMEOUT = (5.0, 30.0)
+"""Seconds to connect, and between two bytes of an answer."""
+LOG_TIMEOUT = (5.0, 60.0)
+TRIES = 3
+
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
+_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_RBAC = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]*)"')
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of object: where the API has it."""
+
+    name: str
+    api: str
+    plural: str
+    is_namespaced: bool = True
+
+    @property
+    def group(self) -> str:
+        """API group; empty for the core."""
+        return self.api.rpartition("/")[0]
+
+
+JOBS = Kind("Job", "batch/v1", "jobs")
+CRON_JOBS = Kind("CronJob", "batch/v1", "cronjobs")
+CONFIG_MAPS = Kind("ConfigMap", "v1", "configmaps")
+PODS = Kind("Pod", "v1", "pods")
+EVENTS = Kind("Event", "v1", "events")
+SECRETS = Kind("Secret", "v1", "secrets")
+SERVICE_ACCOUNTS = Kind("ServiceAccount", "v1", "serviceaccounts")
+QUOTAS = Kind("ResourceQuota", "v1", "resourcequotas")
+LIMIT_RANGES = Kind("LimitRange", "v1", "limitranges")
+NAMESPACES = Kind("Namespace", "v1", "namespaces", is_namespaced=False)
+NODES = Kind("Node", "v1", "nodes", is_namespaced=False)
+LOCAL_QUEUES = Kind("LocalQueue", "kueue.x-k8s.io/v1beta1", "localqueues")
+WORKLOADS = Kind("Workload", "kueue.x-k8s.io/v1beta1", "workloads")
+_ACCESS = Kind("SelfSubjectAccessReview", "authorization.k8s.io/v1", "selfsubjectaccessreviews", is_namespaced=False)
+KINDS = {kind.name: kind for kind in (JOBS, CRON_JOBS, CONFIG_MAPS)}
+"""What a rendered manifest can be."""
+
+
+class _Transient(Exception):
+    """No answer, or one that asks to come again."""
+
+    def __init__(self, what: str, after: float = 0.0) -> None:
+        super().__init__(what)
+        self.after = after
+
+
+@dataclass
+class Cluster:
+    """One namespace of one API server. Every call raises ClusterUnreachable, NotAllowed, Refused and NotFound."""
+
+    client: Any
+    """``kubernetes.client.ApiClient``."""
+    namespace: str
+    warnings: list[str] = field(default_factory=list)
+    """What the server warned of so far, each once."""
+    requests: int = 0
+    """Asked so far."""
+
+    @property
+    def server(self) -> str:
+        """The API server's address."""
+        return str(self.client.configuration.host)
+
+    def get(self, kind: Kind, name: str) -> Manifest | None:
+        """One object; None if it is proven not to be there."""
+        try:
+            return self._json("GET", self._path(kind, name))
+        except _Absent:
+            return None
+
+    def list(self, kind: Kind, selector: str = "", fields: str = "") -> list[Manifest]:
+        """Every object that the selectors take, in pages; an empty list also where the namespace is not there."""
+        found: list[Manifest] = []
+        query = {"limit": str(PAGE), "labelSelector": selector, "fieldSelector": fields}
+        while True:
+            page = self._json("GET", self._path(kind), query)
+            found += page.get("items") or []
+            query["continue"] = page.get("metadata", {}).get("continue") or ""
+            if not query["continue"]:
+                return found
+
+    def apply(self, kind: Kind, manifest: Mapping[str, Any], dry_run: bool = False) -> Manifest:
+        """Server-side apply, never forced: makes the object, or proves that it is as the manifest has it.
+
+        Raises:
+            Refused: another field manager has another value, a field is immutable, or admission says no.
+        """
+        query = {"fieldManager": FIELD_MANAGER, "dryRun": "All" if dry_run else ""}
+        path = self._path(kind, manifest["metadata"]["name"])
+        return self._json("PATCH", path, query, dict(manifest), "application/apply-patch+yaml")
+
+    def merge(self, kind: Kind, name: str, patch: Mapping[str, Any]) -> Manifest:
+        """JSON merge patch (RFC 7396); a ``metadata.uid`` in it makes it fail for another object of the name."""
+        query = {"fieldManager": FIELD_MANAGER}
+        return self._json("PATCH", self._path(kind, name), query, dict(patch), "application/merge-patch+json")
+
+    def delete(self, kind: Kind, name: str, uid: str = "", propagation: str = "Foreground") -> bool:
+        """Asks for an object's end; False if it was not there. ``uid`` keeps its successor of the same name safe."""
+        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        try:
+            self._json("DELETE", self._path(kind, name), body=options)
+        except _Absent:
+            return False
+        return True
+
+    def log(
+        self,
+        pod: str,
+        container: str = "tunejob",
+        follow: bool = False,
+        since_time: str = "",
+        tail: int | None = None,
+        timestamps: bool = False,
+    ) -> Iterator[str]:
+        """Lines of a container's log, without their ends; nothing if it has not started. Ends with the stream.
+
+        Args:
+            follow: goes on while the container runs.
+            since_time: RFC 3339; lines from then on, the second of it included.
+            tail: only so many lines at the end.
+            timestamps: each line begins with its time and a space.
+        """
+        query = {"container": container, "sinceTime": since_time}
+        query |= {"follow": "true"} if follow else {}
+        query |= {"timestamps": "true"} if timestamps else {}
+        query |= {"tailLines": str(tail)} if tail is not None else {}
+        try:
+            response = self._retried(
+                lambda: self._open("GET", f"{self._path(PODS, pod)}/log", query, timeout=LOG_TIMEOUT)
+            )
+        except (_Absent, _NotStarted):
+            return
+        yield from self._lines(response)
+
+    def allowed(self, verb: str, kind: Kind, subresource: str = "") -> bool:
+        """Whether this account may do it here."""
+        attributes = {"verb": verb, "group": kind.group, "resource": kind.plural, "subresource": subresource}
+        if kind.is_namespaced:
+            attributes["namespace"] = self.namespace
+        body = {"apiVersion": _ACCESS.api, "kind": _ACCESS.name, "spec": {"resourceAttributes": attributes}}
+        return bool(self._json("POST", self._path(_ACCESS), body=body)["status"]["allowed"])
+
+    def version(self) -> tuple[int, int]:
+        """The server's version, for instance (1, 37)."""
+        told = self._json("GET", "/version")
+        return int(told["major"]), int(re.match(r"\d+", told["minor"])[0])  # type: ignore[index]
+
+    def _path(self, kind: Kind, name: str = "") -> str:
+        root = f"/apis/{kind.api}" if kind.group else f"/api/{kind.api}"
+        where = f"/namespaces/{quote(self.namespace, safe='')}" if kind.is_namespaced else ""
+        return f"{root}{where}/{kind.plural}" + (f"/{quote(name, safe='')}" if name else "")
+
+    def _json(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content: str = "application/json",
+    ) -> Manifest:
+        def ask() -> Manifest:
+            response = self._open(method, path, query or {}, body, content)
+            try:
+                found: Manifest = json.loads(response.read())
+            except Exception as error:  # the connection broke, or a proxy answered in between
+                raise _transient(error) from error
+            return found
+
+        return self._retried(ask)
+
+    def _retried(self, ask: Callable[[], T]) -> T:
+        from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, stop_after_attempt
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(0.5 * 2.0**state.attempt_number, min(float(getattr(error, "after", 0.0)), 10.0))
+
+        trying = Retrying(
+            retry=retry_if_exception_type(_Transient), stop=stop_after_attempt(TRIES), wait=pause, reraise=False
+        )
+        try:
+            return trying(ask)
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise ClusterUnreachable(
+                f"{self.server}: the cluster does not answer ({cause}); is it up, and is this machine on its network? "
+                "kubectl cluster-info asks the same"
+            ) from None
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Manifest | None = None,
+        content: str = "application/json",
+        timeout: tuple[float, float] = TIMEOUT,
+    ) -> Any:
+        """One request; the answer's body is not read yet."""
+        self.requests += 1
+        headers = {"Accept": "application/json, */*", "Content-Type": content, "User-Agent": "tunejob"}
+        asked = urlencode({key: value for key, value in query.items() if value})
+        url = f"{self.server}{path}" + (f"?{asked}" if asked else "")
+        try:
+            self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+            response = self.client.call_api(method, url, headers, body=body, _request_timeout=timeout)
+        except Exception as error:
+            raise _transient(error) from error
+        self._hear(response.headers)
+        if response.status >= 300:
+            raise _error(self, response, path)
+        return response
+
+    def _hear(self, headers: Any) -> None:
+        told = headers.getlist("Warning") if hasattr(headers, "getlist") else []
+        for text in _WARNING.findall(", ".join(told)):
+            if text not in self.warnings:
+                self.warnings.append(text.replace('\\"', '"'))
+
+    def _lines(self, response: Any) -> Iterator[str]:
+        rest = b""
+        try:
+            for chunk in response.response.stream(65536, decode_content=False):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (line.decode("utf-8", errors="replace") for line in lines)
+        except GeneratorExit:
+            response.response.close()
+            raise
+        except Exception as error:
+            raise ClusterUnreachable(f"{self.server}: the log's connection broke ({_said(error)})") from error
+        if rest:
+            yield rest.decode("utf-8", errors="replace")
+
+
+class _Absent(NotFound):
+    """A proven 404 of the object that was asked for."""
+
+
+class _NotStarted(LauncherError):
+    """The container has no log yet."""
+
+
+def open_cluster(context: str | None = None, namespace: str | None = None) -> Cluster:
+    """The cluster of a kubeconfig context (KUBECONFIG, ~/.kube/config); without one, that which this pod runs in.
+
+    Args:
+        context: left out: the current one.
+        namespace: left out: the context's, else ``default``.
+
+    Raises:
+        ClusterUnreachable: the client is not installed, or there is no such context.
+    """
+    try:
+        from kubernetes import config
+        from kubernetes.client import ApiClient, Configuration
+    except ModuleNotFoundError as error:
+        raise ClusterUnreachable(f"a cluster needs the package {error.name}: pip install tunejob brings it") from None
+    settings = Configuration()
+    # Our own retries know what may be asked again; the client's would hide for long that a server is away.
+    settings.retries = False
+    try:
+        config.load_kube_config(context=context, client_configuration=settings, persist_config=False)
+        usual = _usual_namespace(config, context)
+    except Exception as error:
+        if context or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            raise ClusterUnreachable(_no_config(context, _said(error))) from None
+        config.load_incluster_config(client_configuration=settings)
+        usual = _OWN_NAMESPACE.read_text(encoding="utf-8").strip()
+    return Cluster(ApiClient(settings), namespace or usual or "default")
+
+
+def _usual_namespace(config: Any, context: str | None) -> str:
+    contexts, current = config.list_kube_config_contexts()
+    chosen = next((one for one in contexts if one["name"] == context), current)
+    return str(chosen.get("context", {}).get("namespace") or "")
+
+
+def _no_config(context: str | None, said: str) -> str:
+    where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+    what = f"no context {context} that can be used" if context else "no usable current context"
+    return f"{where}: {what} ({said}); kubectl config get-contexts lists them, and the profile's `context` chooses one"
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    reason = getattr(error, "reason", None)
+    text = str(reason if isinstance(reason, Exception | str) else error) or type(error).__name__
+    return " ".join(re.sub(r"<[^>]* object at 0x[0-9a-f]+>:? ?", "", text).split())
+
+
+def _transient(error: Exception) -> Exception:
+    """No answer is asked for again; a wrong certificate or a failing login program is not."""
+    text = _said(error)
+    if "certificate" in text.lower():
+        return ClusterUnreachable(f"the API server's certificate is not trusted ({text}); check the kubeconfig's CA")
+    if "exec" in text.lower() and "ConfigException" in type(error).__name__:
+        return ClusterUnreachable(f"the kubeconfig's login program failed ({text}); log in again")
+    return _Transient(text)
+
+
+def _error(cluster: Cluster, response: Any, path: str) -> Exception:
+    """What an answer of 300 or more means."""
+    status = _status(response)
+    message = " ".join(str(status.get("message") or response.reason or "no reason given").split())
+    code, reason = int(response.status), status.get("reason", "")
+    if code == 401:
+        return ClusterUnreachable(
+            f"{cluster.server}: the credentials of the kubeconfig are not accepted (401); log in to the cluster again"
+        )
+    if code == 403:
+        return _forbidden(cluster, message)
+    if code == 404:
+        return _absent(cluster, status, message, path)
+    if code == 429 or code >= 500:
+        after = str(response.headers.get("Retry-After") or "")
+        return _Transient(f"{code}: {message}", float(after) if after.isdecimal() else 0.0)
+    if code == 400 and "/log" in path:
+        return _NotStarted(message)
+    if code == 409 and reason == "Conflict":
+        return Refused(f"{message}; another manager has changed it since: compare with kubectl diff")
+    return Refused(f"the cluster refuses it: {message}")
+
+
+def _forbidden(cluster: Cluster, message: str) -> LauncherError:
+    """RBAC is a missing permission; admission and quota stand in the way of what may otherwise be done."""
+    denied = _RBAC.search(message)
+    if denied is None:
+        return Refused(f"namespace {cluster.namespace} refuses it: {message}")
+    return NotAllowed(
+        f"{denied['user']} may not {denied['verb']} {denied['resource']} in namespace {cluster.namespace}; ask for a "
+        "RoleBinding to the role tunejob-submitter (tunejob-viewer to look only): k8s/ of the project has both"
+    )
+
+
+def _absent(cluster: Cluster, status: Mapping[str, Any], message: str, path: str) -> LauncherError:
+    """The object is not there; its namespace is not there; or the server does not know such a kind."""
+    details = status.get("details") or {}
+    if details.get("kind") == "namespaces":
+        return NotFound(
+            f"no namespace {cluster.namespace} on {cluster.server}: name another in the profile, or have it made "
+            "(kubectl apply -k k8s/)"
+        )
+    return _Absent(f"{path}: {message}")
+
+
+def _status(response: Any) -> Mapping[str, Any]:
+    try:
+        found = json.loads(response.read())
+    except Exception:  # not the API server's own answer
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,37 @@
+"""What the objects of a run are called and marked with, and how they are found again."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+Manifest = dict[str, Any]
+"""A Kubernetes object as plain data."""
+
+FIELD_MANAGER = "tunejob"
+
+RUN = "tunejob.dev/run"
+"""Label: the run's id. Whatever carries it belongs to a run."""
+PER_FIRE = "tunejob.dev/per-fire"
+"""Label, ``true`` on what a CronJob makes: each Job is a run of its own, by ``fire_id``."""
+OUTPUT = "tunejob.dev/output"
+"""Annotation: the folder of runs; the run's folder is below it."""
+SPEC_DIGEST = "tunejob.dev/spec-digest"
+"""Annotation: SHA-256 of what is trained."""
+QUEUE = "kueue.x-k8s.io/queue-name"
+"""Label of Kueue's: the LocalQueue."""
+JOB_NAME = "batch.kubernetes.io/job-name"
+"""Label that the Job's controller puts on its pods."""
+
+
+def fire_id(run: str, kube_job: str) -> str:
+    """Id of the run that one Job of a CronJob is: that of the spec, and 8 hex digits of the Job's name."""
+    return f"{run}-{hashlib.sha256(kube_job.encode()).hexdigest()[:8]}"
+
+
+def run_of(manifest: Mapping[str, Any]) -> str:
+    """The run's id of a Job or another object; empty for one that is not ours."""
+    metadata = manifest.get("metadata", {})
+    labels = metadata.get("labels") or {}
+    run = str(labels.get(RUN, ""))
+    is_fire = labels.get(PER_FIRE) == "true" and manifest.get("kind", "Job") == "Job"
+    return fire_id(run, metadata["name"]) if run and is_fire else run
