@@ -15,40 +15,50 @@ from typing import TYPE_CHECKING
 
 from job.errors import JobError
 from job.exits import ExitCode
+from launcher.codes import Code, Refused
+from launcher.commands import Command, add_profile, add_to, say
 
 if TYPE_CHECKING:
+    from job.spec import JobSpec
     from launcher.local import Finished
 
 DEFAULT_OUTPUT = "file:./runs"
-DETACHED = 130
-"""How the launcher leaves when it was interrupted before anything had begun."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of one command: 0, the code of the run it carried out, or that of the problem it reported."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(words)
+    parser, commands = _parser()
+    arguments = parser.parse_args(words, argparse.Namespace(words=words))
     try:
-        return int(_VERBS[arguments.verb](arguments, words))
+        return int(commands[arguments.verb](arguments))
     except JobError as error:
-        _say(f"tunejob: {error}")
+        say(f"tunejob: {error}")
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe has seen enough (`| head`). Closing here keeps the interpreter from trying again.
         sys.stderr.close()
         return ExitCode.OK
     except KeyboardInterrupt:
-        return DETACHED
+        return Code.DETACHED
     except Exception:
         traceback.print_exc()
-        _say("tunejob: a failure nobody foresaw; please report it with the lines above")
+        say("tunejob: a failure nobody foresaw; please report it with the lines above")
         return ExitCode.CRASH
 
 
-def _check(arguments: argparse.Namespace, _: list[str]) -> int:
+def _check(arguments: argparse.Namespace) -> int:
     from job.spec import dump, read, resolved, run_id
 
     spec = read(Path(arguments.spec), arguments.set)
+    if arguments.cluster:
+        _check_cluster(arguments, spec)
+    elif arguments.profile is not None:
+        from launcher.verbs import rendered
+
+        rendered(spec, arguments.profile)
+    if arguments.data and (code := _look(arguments, spec)):
+        return code
     if arguments.print:
         print(dump(resolved(spec)), end="")
     else:
@@ -56,7 +66,30 @@ def _check(arguments: argparse.Namespace, _: list[str]) -> int:
     return ExitCode.OK
 
 
-def _schema(_: argparse.Namespace, __: list[str]) -> int:
+def _look(arguments: argparse.Namespace, spec: "JobSpec") -> int:
+    """Looks at model and data, with the profile's store where one is named."""
+    from launcher.local import look
+
+    if arguments.profile is None:
+        return look(spec, {})
+    from launcher.profile import load
+    from launcher.remote import settings
+
+    return look(spec, settings(load(arguments.profile)))
+
+
+def _check_cluster(arguments: argparse.Namespace, spec: "JobSpec") -> None:
+    """Raises Refused with everything that stands against the spec on the cluster."""
+    from launcher.verbs import Door
+
+    findings = Door(arguments.profile, say).look(spec)
+    for line in findings.warnings:
+        say(line)
+    if findings.refusals:
+        raise Refused("\n".join(findings.refusals))
+
+
+def _schema(_: argparse.Namespace) -> int:
     import json
 
     from job.spec import json_schema
@@ -65,15 +98,15 @@ def _schema(_: argparse.Namespace, __: list[str]) -> int:
     return ExitCode.OK
 
 
-def _train(arguments: argparse.Namespace, words: list[str]) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     from job.spec import read
     from launcher.local import under, work
 
     spec = read(Path(arguments.spec), arguments.set)
-    return _report(work(spec, under(arguments.output, spec)), words)
+    return _report(work(spec, under(arguments.output, spec)), arguments.words)
 
 
-def _train_old(arguments: argparse.Namespace, words: list[str]) -> int:
+def _train_old(arguments: argparse.Namespace) -> int:
     from launcher.folders import settle
     from launcher.legacy import OldOptions, resuming, spec_of
     from launcher.local import need_libraries, work
@@ -84,11 +117,11 @@ def _train_old(arguments: argparse.Namespace, words: list[str]) -> int:
     now = datetime.now().astimezone()
     folder, set_aside = settle(spec.method, arguments.output_dir, now, arguments.resume, arguments.overwrite)
     for line in remarks:
-        _say(line)
+        say(line)
     if set_aside:
-        _say(f"the finished run that stood in {folder} is now in {set_aside}")
-    _say(f"output: {folder}")
-    return _report(work(spec, str(folder)), resuming(words, str(folder)))
+        say(f"the finished run that stood in {folder} is now in {set_aside}")
+    say(f"output: {folder}")
+    return _report(work(spec, str(folder)), resuming(arguments.words, str(folder)))
 
 
 def _report(finished: "Finished", again: list[str]) -> int:
@@ -102,13 +135,13 @@ def _report(finished: "Finished", again: list[str]) -> int:
 
         print(summary(load(finished.folder)))
     elif finished.code == ExitCode.INTERRUPTED:
-        _say(f"interrupted; what was committed so far is kept. To go on:\n  {shlex.join([*_program(), *again])}")
+        say(f"interrupted; what was committed so far is kept. To go on:\n  {shlex.join([*_program(), *again])}")
     elif finished.remark:
-        _say(f"tunejob: {finished.remark}")
+        say(f"tunejob: {finished.remark}")
     return finished.code
 
 
-def _compare(arguments: argparse.Namespace, _: list[str]) -> int:
+def _compare(arguments: argparse.Namespace) -> int:
     from launcher.compare import table
     from launcher.results import load
 
@@ -129,11 +162,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     parser = argparse.ArgumentParser(
         prog=" ".join(_program()),
         description="LoRA and QLoRA fine-tuning: one YAML spec in, an adapter and its evaluation out.",
@@ -144,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     check = _verb(verbs, "check", "validate a spec, or print it with every default spelled out")
     _spec_arguments(check)
     check.add_argument("--print", action="store_true", help="print the resolved spec instead of one line")
+    add_profile(check)
+    check.add_argument("--data", action="store_true", help="look whether model and data are there and can be read")
+    check.add_argument("--cluster", action="store_true", help="ask the cluster of the profile whether it would take it")
 
     train = _verb(verbs, "train", "train here, without a cluster")
     _spec_arguments(train)
@@ -159,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--lang", choices=("en", "ja"), default="en", help="language of the table (default: en)")
 
     _verb(verbs, "schema", "print the JSON Schema of a spec, for editors")
-    return parser
+    return parser, _LOCAL | add_to(lambda name, what: _verb(verbs, name, what), _spec_arguments)
 
 
 def _verb(
@@ -207,7 +239,7 @@ def _old_arguments(parser: argparse.ArgumentParser) -> None:
     _set_argument(parser)
 
 
-_VERBS = {
+_LOCAL: dict[str, Command] = {
     "check": _check,
     "compare": _compare,
     "schema": _schema,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from job.spec import JobSpec, dump, resolved, run_id
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 _NEEDED_FOR_4BIT = ("bitsandbytes",)
+_READING = ("pyarrow", "huggingface_hub", "psutil")
 
 _KILLED = {
     signal.SIGKILL: "most often the machine ran out of memory: lower training.micro_batch_size or training.max_length",
@@ -77,6 +78,21 @@ def work(spec: JobSpec, folder: str) -> Finished:
         name, hint = signal.Signals(-code).name, _KILLED.get(signal.Signals(-code), "start it again to go on")
         return Finished(folder, 128 - code, f"the run's process was ended by {name}; {hint}")
     return Finished(folder, code, message=message)
+
+
+def look(spec: JobSpec, settings: Mapping[str, str]) -> int:
+    """Prints what of the spec's model and data is there and can be read; the code is the child's (``job.exits``).
+
+    Args:
+        settings: environment variables that say how this machine reaches the store.
+
+    Raises:
+        NotInstalled: what reads rows is not on this machine.
+    """
+    if missing := missing_libraries(_READING):
+        raise NotInstalled(f"looking at data needs {', '.join(missing)}: pip install 'tunejob[job]'")
+    with _spec_file(spec) as path:
+        return supervised([sys.executable, "-m", "job.look", str(path)], {**child_environment(), **settings})
 
 
 def child_environment() -> dict[str, str]:
