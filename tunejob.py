@@ -10,7 +10,7 @@ Importing this module imports nothing heavy; each call brings what it needs. Wha
 line's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,34 @@ from job.errors import JobError, error_for
 
 if TYPE_CHECKING:
     from job.spec import JobSpec
+    from launcher.doctor import Check
+    from launcher.logs import Line
+    from launcher.render import Rendered
     from launcher.results import Results
+    from launcher.runs import Run
+    from launcher.submit import Submitted
+    from launcher.verbs import Door
+    from launcher.why import Cause
 
-__all__ = ["JobError", "check", "compare", "results", "schema", "train"]
+__all__ = [
+    "JobError",
+    "cancel",
+    "check",
+    "compare",
+    "delete",
+    "doctor",
+    "logs",
+    "render",
+    "results",
+    "retry",
+    "runs",
+    "schema",
+    "status",
+    "submit",
+    "train",
+    "wait",
+    "why",
+]
 
 
 def check(spec: "str | Path | Mapping[str, Any] | JobSpec", overrides: Sequence[str] = ()) -> "JobSpec":
@@ -68,15 +93,114 @@ def train(
     return load(finished.folder)
 
 
-def results(run: "str | Path") -> "Results":
+def results(run: "str | Path", profile: str | None = None) -> "Results":
     """What a finished run left: ``results(run)["evaluation.tuned.loss"]``; None for a figure it does not have.
 
-    Raises:
-        JobError: there is no finished run in the folder.
-    """
-    from launcher.results import load
+    Args:
+        run: its folder, or with a profile the name of a run on the cluster.
+        profile: name or file; left out: ``run`` is a folder, or the default profile's run.
 
-    return load(str(run))
+    Raises:
+        JobError: there is no finished run.
+    """
+    from launcher.verbs import results_of
+
+    return results_of(str(run), profile).results
+
+
+def render(
+    spec: "str | Path | Mapping[str, Any] | JobSpec", profile: str | None = None, overrides: Sequence[str] = ()
+) -> "Rendered":
+    """The manifests of a spec: ``.objects``, in the order in which they are applied. Nothing is asked.
+
+    Raises:
+        JobError: spec or profile cannot be used.
+    """
+    from launcher.verbs import rendered
+
+    return rendered(check(spec, overrides), profile)
+
+
+def submit(
+    spec: "str | Path | Mapping[str, Any] | JobSpec",
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    replace: bool = False,
+) -> "Submitted":
+    """Puts a run on the cluster, or finds it there; ``.run`` is the run. Returns when its first pod stands.
+
+    Args:
+        replace: takes another active Job of the same run away first.
+
+    Raises:
+        JobError: what stands against it; ``exit_code`` as the command's.
+    """
+    return _door(profile).submit(check(spec, overrides), replace)
+
+
+def runs(profile: str | None = None) -> "list[Run]":
+    """Every run of the profile's namespace, newest first (``tunejob list``)."""
+    return _door(profile).runs()
+
+
+def status(run: str, profile: str | None = None) -> dict[str, Any]:
+    """A run's state, progress and attempts, as ``tunejob status -o json`` prints them.
+
+    Args:
+        run: its id, its Job's name, or the beginning of either.
+    """
+    return _door(profile).status(run)
+
+
+def logs(run: str, profile: str | None = None, follow: bool = False, tail: int | None = None) -> "Iterator[Line]":
+    """The lines of every attempt's log, oldest first; with ``follow`` until the run ends."""
+    return _door(profile).logs(run, follow, tail)
+
+
+def wait(
+    run: str, profile: str | None = None, timeout: float | None = None, start_timeout: float | None = None
+) -> "Run":
+    """The run once it has ended, complete or failed: ``.state`` says which.
+
+    Args:
+        timeout: seconds until it has ended.
+        start_timeout: seconds until a pod of it runs.
+
+    Raises:
+        JobError: it cannot start, the time is over, or it was deleted.
+    """
+    return _door(profile).wait(run, timeout, start_timeout)
+
+
+def why(run: str, profile: str | None = None) -> "list[Cause]":
+    """Why a run waits, failed, or is where it is; the likeliest cause first."""
+    return _door(profile).why(run)
+
+
+def retry(run: str, profile: str | None = None) -> "Submitted":
+    """A new Job where a failed one stands; it goes on from the last checkpoint."""
+    return _door(profile).retry(run)
+
+
+def cancel(run: str, profile: str | None = None) -> "Run":
+    """Ends a run, and returns when no pod of it is left. What it committed is kept."""
+    return _door(profile).cancel(run)
+
+
+def delete(run: str, profile: str | None = None, data: bool = False) -> list[str]:
+    """Takes a run off the cluster, with ``data`` out of the store too, without asking; gives what is gone."""
+    return _door(profile).delete(run, data)
+
+
+def doctor(profile: str | None = None) -> "list[Check]":
+    """Whether everything a run needs is there: permissions, server, GPUs, queue, store."""
+    return _door(profile).doctor()
+
+
+def _door(profile: str | None) -> "Door":
+    from launcher.verbs import Door
+
+    return Door(profile)
 
 
 def compare(runs: "Sequence[str | Path]", language: str = "en") -> str:

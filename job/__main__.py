@@ -37,8 +37,9 @@ def _work_folder() -> Path:
 
 
 def _run(arguments: argparse.Namespace) -> ExitCode:
+    from job.layout import fire_id
     from job.spec import read, run_id
-    from job.supervisor import supervise
+    from job.supervisor import JOB, supervise
 
     if not os.path.exists(arguments.spec):  # also where the folder may not be looked into
         raise SpecNotMounted(
@@ -48,7 +49,11 @@ def _run(arguments: argparse.Namespace) -> ExitCode:
     root: str = arguments.output or os.environ.get(OUTPUT, "")
     if not root and arguments.folder is None:
         raise SpecNotMounted(f"nowhere to put the run: set {OUTPUT}, or give --output URI")
-    uri = arguments.folder or f"{root.rstrip('/')}/{run_id(spec)}"
+    run = run_id(spec)
+    kube_job = os.environ.get(JOB, "")
+    if spec.scheduling.cron and kube_job:  # each fire is a run of its own
+        run = fire_id(run, kube_job)
+    uri = arguments.folder or f"{root.rstrip('/')}/{run}"
     return supervise(spec, uri, arguments.work or _work_folder(), arguments.outcome)
 
 

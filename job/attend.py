@@ -25,7 +25,11 @@ HANG_SECONDS = 1800.0
 LOADING = 4
 """Times as long may loading take: a large base over a slow volume says nothing in between."""
 
+SQUEEZED_SECONDS = 30.0
+"""How long the worker may stand still with no memory left for its code (``container.Memory.is_squeezed``)."""
+
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0
 _STACKS_SECONDS = 3.0
 
 
@@ -95,7 +99,12 @@ class Attendant:
             self.workdir.stop.touch()
 
     def _require_pulse(self, pulse: "_Pulse | None", child: Child, processes: Sequence[str]) -> None:
-        if pulse is None or (silent := pulse.silent_seconds()) < _limit(self._phase()):
+        if pulse is None:
+            return
+        silent = pulse.silent_seconds()
+        if min(silent, pulse.squeezed_seconds()) >= SQUEEZED_SECONDS:
+            raise self._out_of_memory("stands still: the kernel takes back its code as fast as it is read", processes)
+        if silent < _limit(self._phase()):
             return
         log.error("no progress for %.0f s; the stacks of every rank follow", silent)
         for process in processes:
@@ -133,23 +142,26 @@ class Attendant:
             raise InternalError(f"{', '.join(processes)} ended well but the launcher exited with {code}")
 
     def _require_no_oom(self, silent: Sequence[str]) -> None:
-        if container.oom_kills() <= self.oom_kills:
-            return
+        if container.oom_kills() > self.oom_kills:
+            raise self._out_of_memory("was ended by the kernel", silent)
+
+    def _out_of_memory(self, what: str, processes: Sequence[str]) -> ContainerMemory:
         memory = container.memory()
         limit = f" of {size_text(memory.limit)}" if memory else ""
-        raise ContainerMemory(
-            f"{', '.join(silent)} was ended by the kernel: the container's memory limit{limit} was reached (not the "
-            f"GPU's memory); {self.kept()}. Raise resources.memory, or lower training.micro_batch_size"
+        return ContainerMemory(
+            f"{', '.join(processes)} {what}: the container's memory limit{limit} was reached (not the GPU's memory); "
+            f"{self.kept()}. Raise resources.memory, or lower training.micro_batch_size"
         )
 
 
 class _Pulse:
-    """How long the worker has said nothing."""
+    """How long the worker has said nothing, and how long it has had no memory to go on with."""
 
     def __init__(self, progress: Path) -> None:
         self._progress = progress
         self._seen: int | None = None
         self._since = time.monotonic()
+        self._roomy_at = self._looked_at = time.monotonic()
 
     def silent_seconds(self) -> float:
         with suppress(FileNotFoundError):
@@ -157,6 +169,16 @@ class _Pulse:
             if seen != self._seen:
                 self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since
+
+    def squeezed_seconds(self) -> float:
+        """Looks every few seconds only; one look that finds room begins it anew."""
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            memory = container.memory()
+            if memory is None or not memory.is_squeezed:
+                self._roomy_at = now
+        return now - self._roomy_at
 
 
 def _limit(phase: str) -> float:

@@ -19,6 +19,10 @@ exceeds it, and the eviction looks like any other request to leave."""
 FULL = 0.95
 """Share of a limit at which we say so ourselves."""
 
+SQUEEZED = 0.97
+"""Share of the memory limit in pages that cannot be taken back. From there on the kernel has only the code of programs
+to take, reads it again at every turn, and may go on like that for hours without ending anything."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # version 1 writes a number near 2^63 where there is no limit
 _QUANTITY = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[kKMGTP]i?|)")
@@ -33,21 +37,38 @@ class Memory:
     """Without file pages that the kernel can take back."""
     limit: int
 
+    pinned: int = 0
+    """Of it, what no file backs: the processes' own data."""
+
     @property
     def share(self) -> float:
         """Of the limit in use, from 0 to 1; from ``FULL`` on the kernel is about to end something."""
         return self.used / self.limit
 
+    @property
+    def is_squeezed(self) -> bool:
+        """Whether next to no room is left for the programs' own code."""
+        return self.pinned >= SQUEEZED * self.limit
+
 
 def memory(cgroup: Path = _CGROUP) -> Memory | None:
     """The container's memory; None where there is no limit or no cgroup to be read (version 2 or 1)."""
-    for folder, limit_name, used_name, reclaimable in (
-        (cgroup, "memory.max", "memory.current", "inactive_file"),
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for folder, limit_name, used_name, reclaimable, pinned in (
+        (cgroup, "memory.max", "memory.current", "inactive_file", ("anon", "shmem")),
+        (
+            cgroup / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+            ("total_rss", "total_shmem"),
+        ),
     ):
         limit, used = _number(folder / limit_name), _number(folder / used_name)
         if limit is not None and used is not None and limit < _UNLIMITED:
-            return Memory(max(0, used - _counter(folder / "memory.stat", reclaimable)), limit)
+            stat = folder / "memory.stat"
+            return Memory(
+                max(0, used - _counter(stat, reclaimable)), limit, sum(_counter(stat, name) for name in pinned)
+            )
     return None
 
 

@@ -1,5 +1,6 @@
 """Which key of the store holds what. Keys are relative to the run's prefix and never joined by hand elsewhere."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 
@@ -74,3 +75,11 @@ def attempt_number(key: str) -> int:
 def attempt_key(number: int) -> str:
     """Where the ledger keeps the record of one attempt (numbered from 1)."""
     return f"{ATTEMPTS}{number:06d}.json"
+
+
+def fire_id(run: str, kube_job: str) -> str:
+    """Id of the run that one Job of a CronJob is: that of the spec, and 8 hex digits of the Job's name.
+
+    The Job's name is what the pod and the launcher both see; the scheduled time stands on the Job only.
+    """
+    return f"{run}-{hashlib.sha256(kube_job.encode()).hexdigest()[:8]}"

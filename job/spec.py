@@ -9,16 +9,24 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from job import strict_yaml
-from job.errors import SpecInvalid
-from job.spec_draft import Draft
-from job.spec_problems import explain, shown, text_problems
+from job.spec_draft import Draft, checked, content
+from job.spec_problems import SPEC_WORDS, shown
+from job.spec_problems import Words as Words
 from job.spec_reference import markdown
+from job.spec_values import (
+    require_bytes,
+    require_cron,
+    require_label_name,
+    require_name,
+    require_quantity,
+    require_zone,
+)
 
 SPEC_VERSION: Final = 1
 
@@ -36,6 +44,9 @@ class Section(BaseModel):
     )
 
 
+S = TypeVar("S", bound=Section)
+
+
 def _from_text(value: object) -> object:
     """The short form ``model: NAME`` is the long form with only ``from``."""
     return {"from": value} if isinstance(value, str) else value
@@ -50,6 +61,17 @@ def _sources(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], Strict(False)]
 """A list of names; not strict, because YAML has lists where a frozen spec has tuples."""
+
+
+# Types only and no patterns: what they refuse is said in the user's words, not in pydantic's.
+Quantity = Annotated[str, AfterValidator(require_quantity)]
+"""A Kubernetes quantity."""
+Bytes = Annotated[str, AfterValidator(require_bytes)]
+"""A Kubernetes quantity that counts bytes."""
+ObjectName = Annotated[str, AfterValidator(require_name)]
+"""Name of a Kubernetes object."""
+LabelName = Annotated[str, AfterValidator(require_label_name)]
+"""Name of a Kubernetes object that is also the value of a label."""
 
 
 class Model(Section):
@@ -275,12 +297,13 @@ class Resources(Section):
     """A name from the profile's `gpu_types`."""
     nodes: int = Field(1, ge=1, le=1024)
     """Pods that train together."""
-    cpu: str | None = None
-    """Kubernetes quantity as text, for instance `"8"` or `500m`."""
-    memory: str | None = None
-    """Kubernetes quantity, for instance `64Gi`."""
-    ephemeral_storage: str | None = None
-    """Kubernetes quantity of scratch space on the node."""
+    cpu: Quantity | None = None
+    """Kubernetes quantity as text, for instance `"8"` or `500m`. Left out: 4 for each GPU, 1 without."""
+    memory: Bytes | None = None
+    """Kubernetes quantity, for instance `64Gi`. Left out: 32Gi for each GPU, 4Gi without."""
+    ephemeral_storage: Bytes | None = None
+    """Kubernetes quantity of scratch space: base model, data and checkpoints. Left out: the profile's `scratch.size`,
+    else 100Gi with a GPU, 20Gi without."""
     grace_seconds: int = Field(120, ge=10, le=86400)
     """Seconds between the request to leave and the kill."""
     deadline_seconds: int = Field(86400, ge=60)
@@ -292,14 +315,21 @@ class Resources(Section):
 class Scheduling(Section):
     """When and where in the queue. Wins over the profile."""
 
-    queue: str | None = None
+    queue: LabelName | None = None
     """Kueue LocalQueue."""
-    priority: str | None = None
-    """Priority class."""
-    cron: str | None = None
-    """Cron line; each fire is a run of its own."""
-    time_zone: str | None = None
-    """Time zone of `cron`, for instance `Asia/Tokyo`."""
+    priority: LabelName | None = None
+    """Priority class; with a queue Kueue's WorkloadPriorityClass."""
+    cron: Annotated[str, AfterValidator(require_cron)] | None = None
+    """Cron line, for instance `0 3 * * 1`; each fire is a run of its own."""
+    time_zone: Annotated[str, AfterValidator(require_zone)] | None = None
+    """Time zone of `cron`, for instance `Asia/Tokyo`. Left out: UTC."""
+
+    @field_validator("time_zone")
+    @classmethod
+    def _only_with_cron(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("cron", "") is None:
+            raise ValueError("only with scheduling.cron; add the cron line, or remove this key")
+        return value
 
 
 class JobSpec(Section):
@@ -362,30 +392,13 @@ def read(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     Raises:
         SpecInvalid: there is no such file, it cannot be read, or every problem in it.
     """
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(strict_yaml.MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise SpecInvalid(
-            f"{path}: no such file; name a spec that is there (configs/quickstart.yaml of the project is one)"
-        ) from None
-    except IsADirectoryError:
-        raise SpecInvalid(f"{path}: a directory; name the spec file inside it") from None
-    except PermissionError:
-        raise SpecInvalid(f"{path}: may not be read by this user; check its permissions") from None
-    except (OSError, ValueError) as error:
-        raise SpecInvalid(f"{path}: cannot be read ({error}); name another file") from None
-    return parse(content, str(path), overrides)
+    hint = "name a spec that is there (configs/quickstart.yaml of the project is one)"
+    return parse(content(path, "spec", hint), str(path), overrides)
 
 
 def parse(text: str | bytes, source: str, overrides: Sequence[str] = ()) -> JobSpec:
     """The spec in a YAML text; ``source`` is what messages call it. Raises SpecInvalid with every problem."""
-    document = strict_yaml.parse_document(text, source, tolerant=True)
-    draft = Draft.of(document.value, source, document.lines)
-    draft.problems, draft.is_reported = list(document.problems), document.is_reported
-    for override in overrides:
-        draft.override(override, expand=_expanded)
-    return _checked(draft)
+    return _checked(Draft.parsed(text, source, overrides, _expanded))
 
 
 def from_mapping(value: Mapping[str, Any], source: str, lines: Mapping[strict_yaml.Path, int] | None = None) -> JobSpec:
@@ -433,6 +446,20 @@ def differences(here: JobSpec, there: JobSpec) -> list[str]:
     ]
 
 
+def read_section(root: type[S], path: Path, words: Words, hint: str, overrides: Sequence[str] = ()) -> S:
+    """Another kind of file, held to the same rules as a spec: closed, every problem at once, no secrets.
+
+    Args:
+        words: what is said of keys that people try.
+        hint: what to try where there is no such file.
+
+    Raises:
+        SpecInvalid: the file cannot be read, or every problem in it.
+    """
+    written = content(path, root.__name__.lower(), hint)
+    return checked(root, Draft.parsed(written, str(path), overrides, lambda _, value: value), words)
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a spec as people write it, short forms included; for editors."""
     schema = JobSpec.model_json_schema(by_alias=True)
@@ -442,6 +469,11 @@ def json_schema() -> dict[str, Any]:
 def reference() -> str:
     """The manual page of the spec, in Markdown: path, type, default and meaning of every key."""
     return markdown(JobSpec)
+
+
+def reference_of(root: type[Section], head: str) -> str:
+    """The manual page of another kind of file; ``head`` stands above its tables."""
+    return markdown(root, head)
 
 
 def _record(spec: JobSpec) -> dict[str, Any]:
@@ -475,18 +507,7 @@ def _checked(draft: Draft) -> JobSpec:
         # Keys that this release does not know are no news then.
         what = f"{version} is of a newer tunejob, this one reads {SPEC_VERSION}; upgrade it, or take a newer image"
         raise draft.refusal([(("version",), what)])
-    problems: dict[strict_yaml.Path, str] = dict(text_problems(draft.value))
-    try:
-        spec = JobSpec.model_validate(draft.value, by_alias=True, by_name=False)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        told = explain(errors[: strict_yaml.MAX_PROBLEMS], JobSpec, draft.value)
-        problems = {**dict(told), **problems}
-        problems = {path: what for path, what in problems.items() if not draft.is_reported(path)}
-        raise draft.refusal(list(problems.items()), max(0, len(errors) - strict_yaml.MAX_PROBLEMS)) from None
-    if problems or draft.problems:
-        raise draft.refusal(list(problems.items()))
-    return spec
+    return checked(JobSpec, draft, SPEC_WORDS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pydantic finds the problems; here each becomes one sentence. Nothing of pydantic
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from job.strict_yaml import Path
+from job.strict_yaml import Path, path_text
 
 Kind = Any
 """A type as it stands in an annotation: a class, a union, a literal, a tuple's generic alias."""
@@ -108,32 +109,52 @@ Problem = tuple[Path, str]
 """Where, as in the user's file, and what."""
 
 
-def explain(errors: Sequence[ErrorDetails], root: type[BaseModel], value: Mapping[str, Any]) -> list[Problem]:
+@dataclass(frozen=True)
+class Words:
+    """What is said of keys that people try in one kind of file."""
+
+    refused: Mapping[str, str]
+    """Keys, or shell patterns of keys, and why they are not there."""
+    renamed: Mapping[str, str]
+    """Other names of keys that are there."""
+    secret: str
+    """Where a secret belongs instead."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Required keys, and how to come by a value."""
+
+
+SPEC_WORDS = Words(REFUSED, RENAMED, _SECRET)
+
+
+def explain(
+    errors: Sequence[ErrorDetails], root: type[BaseModel], value: Mapping[str, Any], words: Words = SPEC_WORDS
+) -> list[Problem]:
     """One problem for every place that pydantic complained about.
 
     Args:
         errors: as from ``ValidationError.errors()``.
         root: the model that was to be made.
         value: what it was to be made of, as the user wrote it.
+        words: of the kind of file at hand.
     """
     found: dict[Path, str] = {}
     for error in errors:
-        path, what = _explained(error, root, value)
+        path, what = _explained(error, root, value, words)
         found.setdefault(path, what)
     # A list whose items are wrong also counts as too short; the items say it better.
     return [(path, what) for path, what in found.items() if not any(other[:-1] == path for other in found if other)]
 
 
-def text_problems(value: Any, path: Path = ()) -> Iterator[Problem]:
-    """Text anywhere in a spec that holds a secret, or a variable that nobody would expand."""
+def text_problems(value: Any, path: Path = (), words: Words = SPEC_WORDS) -> Iterator[Problem]:
+    """Text anywhere in a file that holds a secret, or a variable that nobody would expand."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from text_problems(item, (*path, key))
+            yield from text_problems(item, (*path, key), words)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from text_problems(item, (*path, index))
+            yield from text_problems(item, (*path, index), words)
     elif isinstance(value, str) and _SECRETS.search(value):
-        yield path, f"looks like a secret; {_SECRET}"
+        yield path, f"looks like a secret; {words.secret}"
     elif isinstance(value, str) and (variable := _VARIABLE.search(value)):
         yield path, f"{variable[0]} is not expanded; write the value itself, or give it by --set"
 
@@ -152,6 +173,13 @@ def section_of(kind: Kind) -> type[BaseModel] | None:
     """The block of keys that a field of this kind is, or may be."""
     options = [option for option in _options(kind) if isinstance(option, type) and issubclass(option, BaseModel)]
     return options[0] if options else None
+
+
+def held_by(kind: Kind) -> tuple[str, type[BaseModel]] | None:
+    """What a list or a mapping holds, where that is a block: the word for its place, and the block."""
+    word, index = {tuple: ("N", 0), dict: ("NAME", 1)}.get(origin_of(kind), ("", 0))
+    section = section_of(get_args(kind)[index]) if word else None
+    return (word, section) if section else None
 
 
 def describe(kind: Kind, metadata: Sequence[Any] = ()) -> str:
@@ -180,14 +208,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _explained(error: ErrorDetails, root: type[BaseModel], value: Mapping[str, Any]) -> Problem:
+def _explained(error: ErrorDetails, root: type[BaseModel], value: Mapping[str, Any], words: Words) -> Problem:
     path, holder, info, kind = _target(root, error["loc"])
     if error["type"] == "extra_forbidden" and holder is not None:
         written, _ = _as_written(path, value)
-        return written, _unknown(str(path[-1]), holder, root)
+        return written, _unknown(str(path[-1]), holder, root, words)
     if error["type"] == "missing" and isinstance(path[-1], str):
         written, _ = _as_written(path, value)
-        return written, f"missing; add a line like {_example(str(path[-1]), info)}"
+        example = words.missing.get(path_text(path)) or _example(str(path[-1]), info)
+        return written, f"missing; add a line like {example}"
     if error["type"] == "missing":  # of a list with a fixed number of items
         path, kind = path[:-1], info.annotation if info else kind
     written, found = _as_written(path, value)
@@ -213,6 +242,8 @@ def _target(root: Kind, loc: Sequence[str | int]) -> tuple[Path, type[BaseModel]
             kind = info.annotation if info else None
         elif isinstance(part, int) and origin_of(kind) is tuple:
             kind = get_args(kind)[0]
+        elif isinstance(part, str) and origin_of(kind) is dict:
+            holder, info, kind = None, None, get_args(kind)[1]
         else:
             break
         path = (*path, part)
@@ -235,15 +266,15 @@ def _as_written(path: Path, value: Any) -> tuple[Path, Any]:
     return written, value
 
 
-def _unknown(key: str, holder: type[BaseModel], root: type[BaseModel]) -> str:
+def _unknown(key: str, holder: type[BaseModel], root: type[BaseModel], words: Words) -> str:
     """Why a key is not there, and which one may be meant."""
-    for pattern, reason in REFUSED.items():
+    for pattern, reason in words.refused.items():
         if fnmatchcase(key, pattern):
             return reason
     elsewhere = list(_places(root))
     meant = [path for path in elsewhere if path.rpartition(".")[2] == key]
-    if not meant and key in RENAMED:
-        meant = [RENAMED[key]]
+    if not meant and key in words.renamed:
+        meant = [words.renamed[key]]
     here = list(fields_of(holder))
     meant = meant or difflib.get_close_matches(key, here, n=1)
     if not meant:
@@ -259,10 +290,10 @@ def _places(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for key, info in fields_of(root).items():
         yield f"{prefix}{key}"
         kind = info.annotation
-        is_list = origin_of(kind) is tuple
-        section = section_of(get_args(kind)[0] if is_list else kind)
-        if section:
-            yield from _places(section, f"{prefix}{key}.N." if is_list else f"{prefix}{key}.")
+        if section := section_of(kind):
+            yield from _places(section, f"{prefix}{key}.")
+        elif held := held_by(kind):
+            yield from _places(held[1], f"{prefix}{key}.{held[0]}.")
 
 
 def _options(kind: Kind) -> tuple[Kind, ...]:

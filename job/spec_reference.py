@@ -1,12 +1,12 @@
 """The manual page of the spec, made from the models: what is written there once is not written again."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from job.spec_problems import describe, fields_of, origin_of, section_of, shown
+from job.spec_problems import describe, fields_of, held_by, section_of, shown
 
 _HEAD = """# The spec
 
@@ -17,9 +17,9 @@ is text.
 """
 
 
-def markdown(root: type[BaseModel]) -> str:
-    """Path, type, default and meaning of every key, a table to each block."""
-    return "\n".join([_HEAD, *_blocks(root, "")])
+def markdown(root: type[BaseModel], head: str = _HEAD) -> str:
+    """Path, type, default and meaning of every key, a table to each block; ``head`` stands above them."""
+    return "\n".join([head, *_blocks(root, "")])
 
 
 def _blocks(section: type[BaseModel], path: str) -> Iterator[str]:
@@ -30,11 +30,11 @@ def _blocks(section: type[BaseModel], path: str) -> Iterator[str]:
     yield from (_row(f"{path}.{key}" if path else key, info) for key, info in fields.items())
     yield ""
     for key, info in fields.items():
-        is_list = origin_of(info.annotation) is tuple
-        below = section_of(get_args(info.annotation)[0] if is_list else info.annotation)
-        if below:
-            here = f"{path}.{key}" if path else key
-            yield from _blocks(below, f"{here}.N" if is_list else here)
+        here = f"{path}.{key}" if path else key
+        if below := section_of(info.annotation):
+            yield from _blocks(below, here)
+        elif held := held_by(info.annotation):
+            yield from _blocks(held[1], f"{here}.{held[0]}")
 
 
 def _row(path: str, info: FieldInfo) -> str:

@@ -242,9 +242,9 @@ class Cluster:
 
     def _hear(self, headers: Any) -> None:
         told = headers.getlist("Warning") if hasattr(headers, "getlist") else []
-        for text in _WARNING.findall(", ".join(told)):
-            if text not in self.warnings:
-                self.warnings.append(text.replace('\\"', '"'))
+        for quoted in _WARNING.findall(", ".join(told)):
+            if (text := quoted.replace('\\"', '"')) not in self.warnings:
+                self.warnings.append(text)
 
     def _lines(self, response: Any) -> Iterator[str]:
         rest = b""
@@ -269,12 +269,13 @@ class _NotStarted(LauncherError):
     """The container has no log yet."""
 
 
-def open_cluster(context: str | None = None, namespace: str | None = None) -> Cluster:
+def open_cluster(context: str | None = None, namespace: str | None = None, kubeconfig: Path | None = None) -> Cluster:
     """The cluster of a kubeconfig context (KUBECONFIG, ~/.kube/config); without one, that which this pod runs in.
 
     Args:
         context: left out: the current one.
         namespace: left out: the context's, else ``default``.
+        kubeconfig: left out: KUBECONFIG, else ~/.kube/config.
 
     Raises:
         ClusterUnreachable: the client is not installed, or there is no such context.
@@ -287,27 +288,27 @@ def open_cluster(context: str | None = None, namespace: str | None = None) -> Cl
     settings = Configuration()
     # Our own retries know what may be asked again; the client's would hide for long that a server is away.
     settings.retries = False
+    file = str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or "~/.kube/config"
     try:
-        config.load_kube_config(context=context, client_configuration=settings, persist_config=False)
-        usual = _usual_namespace(config, context)
+        config.load_kube_config(file, context=context, client_configuration=settings, persist_config=False)
+        usual = _usual_namespace(config, file, context)
     except Exception as error:
-        if context or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            raise ClusterUnreachable(_no_config(context, _said(error))) from None
+        if context or kubeconfig or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            raise ClusterUnreachable(_no_config(file, context, _said(error))) from None
         config.load_incluster_config(client_configuration=settings)
         usual = _OWN_NAMESPACE.read_text(encoding="utf-8").strip()
     return Cluster(ApiClient(settings), namespace or usual or "default")
 
 
-def _usual_namespace(config: Any, context: str | None) -> str:
-    contexts, current = config.list_kube_config_contexts()
+def _usual_namespace(config: Any, file: str, context: str | None) -> str:
+    contexts, current = config.list_kube_config_contexts(file)
     chosen = next((one for one in contexts if one["name"] == context), current)
     return str(chosen.get("context", {}).get("namespace") or "")
 
 
-def _no_config(context: str | None, said: str) -> str:
-    where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+def _no_config(file: str, context: str | None, said: str) -> str:
     what = f"no context {context} that can be used" if context else "no usable current context"
-    return f"{where}: {what} ({said}); kubectl config get-contexts lists them, and the profile's `context` chooses one"
+    return f"{file}: {what} ({said}); kubectl config get-contexts lists them, and the profile's `context` chooses one"
 
 
 def _said(error: BaseException) -> str:

@@ -2,7 +2,10 @@
 
 configs/schema.json            of a spec
 configs/config.schema.json     of the old flat config file
+configs/profile.schema.json    of a profile
 docs/spec.md                   every key of a spec
+docs/profile.md                every key of a profile
+k8s/examples/                  what the specs in configs/ are on a cluster
 tables between markers in README.md, README.ja.md and docs/design.md
 """
 
@@ -13,10 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from job.exits import EXITS, JobReaction
-from job.spec import json_schema, reference
+from job.spec import json_schema, read, reference
+from launcher import bundle, profile
 from launcher.legacy import FLAT, FOUR_BIT
+from launcher.render import render
 
 _BEGIN, _END = "<!-- {name}: made by `make docs` -->", "<!-- end of {name} -->"
+
+EXAMPLES = {
+    "quickstart": "local",
+    "lora-8b": "gpus",
+    "qlora-70b": "gpus",
+    "multi-gpu": "gpus",
+    "japanese-chat": "gpus",
+    "gitops": "kueue",
+    "cron": "gpus",
+}
+"""Specs of configs/ that are rendered, each with its profile of configs/profiles/."""
+UPLOADED = {
+    "quickstart": (
+        "model=s3://training/models/SmolLM2-135M-Instruct",
+        "data.train=s3://training/data/train.jsonl",
+        "data.eval=s3://training/data/eval.jsonl",
+    )
+}
+"""Where files that a spec has on this machine stand for a pod."""
 
 _REACTIONS = {
     JobReaction.COMPLETE: "complete",
@@ -31,11 +55,24 @@ def made(root: Path) -> dict[Path, str]:
     files = {
         root / "configs" / "schema.json": _json(json_schema()),
         root / "configs" / "config.schema.json": _json(flat_schema()),
+        root / "configs" / "profile.schema.json": _json(profile.json_schema()),
         root / "docs" / "spec.md": reference(),
+        root / "docs" / "profile.md": profile.reference(),
     }
+    for name in EXAMPLES:
+        files |= example(root, name)
     for page in (root / "README.md", root / "README.ja.md", root / "docs" / "design.md"):
         files[page] = with_tables(page.read_text(encoding="utf-8"), {"exit codes": exit_table()})
     return files
+
+
+def example(root: Path, name: str) -> dict[Path, str]:
+    """The files below k8s/examples/ for one spec of configs/, as ``tunejob render -o`` writes them."""
+    spec = read(root / "configs" / f"{name}.yaml", UPLOADED.get(name, ()))
+    rendered = render(spec, profile.read(root / "configs" / "profiles" / f"{EXAMPLES[name]}.yaml"))
+    files = bundle.objects(rendered)
+    files[bundle.KUSTOMIZATION] = bundle.kustomization(Path(path).name for path in files)
+    return {root / "k8s" / "examples" / name / path: text for path, text in files.items()}
 
 
 def flat_schema() -> dict[str, Any]:
@@ -102,6 +139,7 @@ def main() -> int:
     root = Path(__file__).resolve().parent.parent
     for path, text in made(root).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(path.relative_to(root))
     return 0

@@ -1,8 +1,9 @@
 """What the objects of a run are called and marked with, and how they are found again."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from job.layout import fire_id
 
 Manifest = dict[str, Any]
 """A Kubernetes object as plain data."""
@@ -21,11 +22,6 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 """Label of Kueue's: the LocalQueue."""
 JOB_NAME = "batch.kubernetes.io/job-name"
 """Label that the Job's controller puts on its pods."""
-
-
-def fire_id(run: str, kube_job: str) -> str:
-    """Id of the run that one Job of a CronJob is: that of the spec, and 8 hex digits of the Job's name."""
-    return f"{run}-{hashlib.sha256(kube_job.encode()).hexdigest()[:8]}"
 
 
 def run_of(manifest: Mapping[str, Any]) -> str:

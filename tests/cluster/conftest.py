@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.bucket import BUCKET, Bucket
+from tests.cluster.bucket import BUCKET, PORT, Bucket
+from tests.cluster.kit import ROLES, Kit, install, kubeconfig_of, write_profile
 from tests.cluster.kubectl import Kubectl, manifest
 from tests.cluster.running import CREDENTIALS, FIGURES, SMALL, Ended, Lab, lacking, tiny_spec
 from tests.job import tiny
@@ -63,17 +64,41 @@ def kubectl(kubeconfig: Path) -> Iterator[Kubectl]:
 @pytest.fixture(scope="session")
 def lab(images: None, kubectl: Kubectl, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The namespace with a store that holds the tiny Llama and the toy data."""
-    bucket = Bucket(kubectl)
+    lab = Lab(kubectl, Bucket(kubectl))
     try:
-        bucket.deploy()
-        lab = Lab(kubectl, bucket)
-        lab.make_credentials(CREDENTIALS, bucket.trainer)
-        bucket.put(tiny_llama, "models/tiny-llama")
-        rows = tiny.write_rows(tmp_path_factory.mktemp("data") / "toy.jsonl", tiny.numbered_rows(60))
-        bucket.put(rows, "data/toy.jsonl")
+        fill(lab, tiny_llama, tmp_path_factory.mktemp("data"))
         yield lab
     finally:
+        lab.bucket.disconnect()
+
+
+def fill(lab: Lab, model: Path, folder: Path) -> None:
+    """Starts the store, makes the Secret, and uploads model and data."""
+    lab.bucket.deploy()
+    lab.make_credentials(CREDENTIALS, lab.bucket.trainer)
+    lab.bucket.put(model, "models/tiny-llama")
+    rows = tiny.write_rows(folder / "toy.jsonl", tiny.numbered_rows(60))
+    lab.bucket.put(rows, "data/toy.jsonl")
+
+
+@pytest.fixture(scope="session")
+def kit(images: None, kubeconfig: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    """The base that `k8s/` ships, installed in a namespace of this session's own, and every role's way in."""
+    folder = tmp_path_factory.mktemp("kit")
+    kubectl = Kubectl(kubeconfig, f"tunejob-kit-{secrets.token_hex(4)}")
+    bucket = Bucket(kubectl)
+    try:
+        installed = install(kubectl, folder / "base")
+        assert "Warning" not in installed.err, installed.err
+        fill(Lab(kubectl, bucket), tiny_llama, folder)
+        configs = {role: kubeconfig_of(kubectl, f"tunejob-{role}", folder / f"{role}.kubeconfig") for role in ROLES}
+        with kubectl.forwarded("pod/store", PORT) as port:
+            profile = write_profile(folder / "tunejob.profile.yaml", kubectl.namespace, port)
+            yield Kit(kubectl, bucket, folder, profile, configs)
+    finally:
         bucket.disconnect()
+        if not os.environ.get("TUNEJOB_TEST_KEEP"):
+            kubectl.ask("delete", "namespace", kubectl.namespace, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture(scope="session")

@@ -26,17 +26,19 @@ def test_a_refused_secret_ends_the_job_after_one_pod(lab: Lab) -> None:
 
 
 def test_the_containers_memory_used_up_by_the_worker_is_137_and_counted(lab: Lab, small_model: str) -> None:
-    # Enough to load the model. A step over all rows at once wants several times as much, in large pieces: what grows
-    # slowly up to the limit makes the kernel drop and read again the program's own pages for minutes instead.
+    # Enough to load the model. A step over all rows at once wants several times as much.
     training = {"batch_size": 48, "micro_batch_size": 48, "max_steps": 2}
     spec = tiny_spec("memory-worker", model=small_model, training=training)
     kube_job = lab.job(spec, memory="1500Mi", scratch_limit="2Gi", backoff_limit=0)
     # 83, the device's memory, would fail the Job by its policy; this one is counted against the back-off limit.
     pod = kube_job.run().failed("BackoffLimitExceeded")
-    assert (pod.code, pod.reason, kube_job.record()["status"]["failed"]) == (137, "OOMKilled", 1), kube_job.story()
-    if pod.said:  # with cgroup version 2 the supervisor may die with the worker
-        assert pod.said["name"] == "MEMORY"
-        assert "rank-0 was ended by the kernel: the container's memory limit" in pod.said["message"]
+    assert (pod.code, kube_job.record()["status"]["failed"]) == (137, 1), kube_job.story()
+    # The kernel either ends the worker (with cgroup version 2 the supervisor may die with it), or lets it stand still,
+    # taking back the pages of its code for ever: then the supervisor ends it.
+    said = pod.said or {"name": "MEMORY", "message": ": the container's memory limit"}
+    assert (said["name"], pod.reason in ("OOMKilled", "Error")) == ("MEMORY", True)
+    assert ": the container's memory limit" in said["message"]
+    assert pod.reason == "OOMKilled" or "rank-0 stands still" in said["message"]
 
 
 def test_the_containers_memory_used_up_by_pid_1_is_137_and_counted(lab: Lab) -> None:

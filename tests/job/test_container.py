@@ -18,13 +18,13 @@ def cgroup(folder: Path, files: dict[str, str]) -> Path:
 VERSION_2 = {
     "memory.max": "1000\n",
     "memory.current": "990\n",
-    "memory.stat": "anon 700\ninactive_file 240\n",
+    "memory.stat": "anon 650\nshmem 50\ninactive_file 240\n",
     "memory.events": "low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n",
 }
 VERSION_1 = {
     "memory/memory.limit_in_bytes": "1000\n",
     "memory/memory.usage_in_bytes": "990\n",
-    "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 240\n",
+    "memory/memory.stat": "inactive_file 5\ntotal_rss 650\ntotal_shmem 50\ntotal_inactive_file 240\n",
     "memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
 }
 
@@ -33,8 +33,9 @@ VERSION_1 = {
 def test_memory_is_counted_without_pages_that_can_be_taken_back(files: dict[str, str], tmp_path: Path) -> None:
     folder = cgroup(tmp_path, files)
     found = memory(folder)
-    assert found == Memory(used=750, limit=1000)
-    assert found.share == 0.75
+    assert found == Memory(used=750, limit=1000, pinned=700)
+    assert (found.share, found.is_squeezed) == (0.75, False)
+    assert Memory(used=990, limit=1000, pinned=970).is_squeezed
     assert oom_kills(folder) == 2
 
 

@@ -332,6 +332,7 @@ NAMES = st.from_regex(r"[a-zA-Z][\w./-]{0,8}", fullmatch=True) | st.sampled_from
 )
 POSITIVE = st.floats(1e-9, 1.0)
 OPTIONAL_NAME = st.none() | NAMES
+QUANTITY = st.from_regex(r"[1-9]\d{0,3}(\.5)?[MG]i", fullmatch=True)
 
 
 @st.composite
@@ -357,7 +358,7 @@ def specs(draw):
             "gradient_checkpointing": draw(st.booleans() | st.just("auto")),
         },
         "checkpoints": {"keep": draw(st.integers(1, 9) | st.just("all")), "every_minutes": draw(st.none() | POSITIVE)},
-        "resources": {"budget": draw(st.none() | POSITIVE), "memory": draw(OPTIONAL_NAME)},
+        "resources": {"budget": draw(st.none() | POSITIVE), "memory": draw(st.none() | QUANTITY)},
     }
     if method == "qlora" and draw(st.booleans()):
         value["quantization"] = {"type": draw(st.sampled_from(["nf4", "fp4"]))}

@@ -1,0 +1,228 @@
+"""The verbs that ask a cluster, each as one call: ``launcher.commands`` prints what it gives."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.errors import SpecInvalid
+from launcher.codes import NotFound
+
+if TYPE_CHECKING:
+    from job.spec import JobSpec
+    from launcher.cluster import Cluster
+    from launcher.doctor import Check
+    from launcher.logs import Line
+    from launcher.preflight import Findings
+    from launcher.profile import Profile
+    from launcher.render import Rendered
+    from launcher.results import Results
+    from launcher.runs import Run
+    from launcher.submit import Submitted
+    from launcher.why import Cause
+
+Say = Callable[[str], None]
+
+
+def cluster_of(profile: "Profile") -> "Cluster":
+    """The cluster that a profile names."""
+    from launcher.cluster import open_cluster
+
+    return open_cluster(profile.context, profile.namespace)
+
+
+class Door:
+    """A profile and its cluster, asked for when they are first needed."""
+
+    def __init__(self, name: str | None = None, say: Say = lambda line: None) -> None:
+        """
+        Args:
+            name: of the profile, or its file; left out: as ``launcher.profile`` looks it up.
+            say: takes a line for the user.
+        """
+        from launcher.profile import load
+
+        self.profile = load(name)
+        self.say = say
+        self.cluster = cluster_of(self.profile)
+
+    def find(self, name: str) -> "Run":
+        """A run by its id, its Job's name, the beginning of either, or the file of its spec."""
+        from launcher.runs import find
+
+        return find(self.cluster, _name(name))
+
+    def submit(self, spec: "JobSpec", replace: bool = False) -> "Submitted":
+        """See ``launcher.submit``."""
+        from launcher.render import render
+        from launcher.submit import submit
+
+        return submit(self.cluster, spec, render(spec, self.profile), self.say, replace)
+
+    def look(self, spec: "JobSpec") -> "Findings":
+        """What the cluster would say to a spec."""
+        from launcher.preflight import look
+        from launcher.render import render
+
+        return look(self.cluster, render(spec, self.profile))
+
+    def runs(self) -> "list[Run]":
+        """Every run of the namespace, newest first."""
+        from launcher.runs import listed
+
+        return listed(self.cluster)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """A run's state, progress and attempts, as plain data."""
+        from launcher import logs, show
+
+        run = self.find(name)
+        return show.status(run, logs.latest_progress(self.cluster, run))
+
+    def logs(self, name: str, follow: bool = False, tail: int | None = None) -> "Iterator[Line]":
+        """The lines of every attempt's log, oldest first."""
+        from launcher import logs
+
+        run = self.find(name)
+        yield from logs.lines(self.cluster, run, follow, tail, store=lambda: self.store(run))
+
+    def wait(self, name: str, timeout: float | None = None, start_timeout: float | None = None) -> "Run":
+        """The run when it has ended."""
+        return self.await_end(self.find(name), timeout, start_timeout)
+
+    def await_end(self, run: "Run", timeout: float | None = None, start_timeout: float | None = None) -> "Run":
+        """Waits for the end of a run."""
+        from launcher.watch import wait
+
+        return wait(self.cluster, run, timeout, start_timeout, self.say)
+
+    def why(self, name: str) -> "list[Cause]":
+        """Why a run is where it is, the likeliest cause first."""
+        return self.causes(self.find(name))
+
+    def causes(self, run: "Run") -> "list[Cause]":
+        """See ``launcher.why``."""
+        from launcher.evidence import gather
+        from launcher.why import diagnose
+
+        return diagnose(gather(self.cluster, run), lambda: self._told(run))
+
+    def results(self, run: "Run", store: Any) -> "Results":
+        """What a run left; its state, where it has not finished."""
+        from launcher.results import read
+
+        return read(store, run)
+
+    def store(self, run: "Run") -> Any:
+        """The run's folder as this machine sees it."""
+        from launcher.remote import open_run
+
+        if not run.output:
+            raise NotFound(f"{run.job}: its Job does not say where its run goes; it was not made by tunejob")
+        return open_run(run.output, self.profile)
+
+    def retry(self, name: str) -> "Submitted":
+        """See ``launcher.manage``."""
+        from launcher.manage import retry
+
+        return retry(self.cluster, self.find(name), self.profile, self.say)
+
+    def cancel(self, name: str) -> "Run":
+        """See ``launcher.manage``."""
+        from launcher.manage import cancel
+
+        run = self.find(name)
+        cancel(self.cluster, run)
+        return run
+
+    def delete(self, name: str, data: bool = False) -> list[str]:
+        """Takes a run off the cluster, with ``data`` out of the store too; gives what is gone."""
+        from launcher.manage import delete, delete_data, leftover
+
+        try:
+            run = self.find(name)
+        except NotFound:
+            return leftover(self.cluster, _name(name))
+        store = self.store(run) if data else None
+        gone = delete(self.cluster, run)
+        return gone if store is None else [*gone, f"{delete_data(store)} objects below {run.output}"]
+
+    def doctor(self) -> "list[Check]":
+        """Whether everything a run needs is there."""
+        from launcher.doctor import examine
+        from launcher.remote import probe
+
+        return examine(self.cluster, self.profile, lambda: probe(self.profile))
+
+    def _told(self, run: "Run") -> Any:
+        from launcher.remote import told
+
+        return told(self.store(run))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished run: what it left, and the store it lies in."""
+
+    results: "Results"
+    store: Any
+    digest: str = ""
+    """SHA-256 of its manifest as its pod said it; empty where that is not known."""
+
+    def verified(self) -> str:
+        """A sentence once size and SHA-256 of every published file are proven."""
+        from launcher.download import verify
+
+        return str(verify(self.store, self.digest))
+
+    def download(self, folder: Path, everything: bool = False) -> list[Path]:
+        """Fetches what was published, proven; see ``launcher.download``."""
+        from launcher.download import fetch
+
+        return fetch(self.store, folder, everything)
+
+
+def results_of(name: str, profile: str | None = None, say: Say = lambda line: None) -> Found:
+    """What a finished run left, in its folder or on the cluster.
+
+    Args:
+        name: a folder that is there, an s3:// or file: URI, or the name of a run.
+    """
+    from launcher.results import load
+
+    if any(mark in name for mark in ("/", "\\", "file:")) or Path(name).is_dir():
+        from job.store import open_store
+
+        return Found(load(name), open_store(name))
+    door = Door(profile, say)
+    run = door.find(name)
+    store = door.store(run)
+    return Found(door.results(run, store), store, run.digest)
+
+
+def rendered(spec: "JobSpec", profile: str | None = None) -> "Rendered":
+    """The manifests of a spec; nothing is asked."""
+    from launcher.profile import load
+    from launcher.render import render
+
+    return render(spec, load(profile))
+
+
+def bundle(folder: Path, spec: "JobSpec", profile: str | None = None, rerender: bool = False) -> "list[Path]":
+    """Writes the manifests of a spec for ``kubectl apply``; gives the files that were written."""
+    from launcher.bundle import write
+    from launcher.profile import load
+
+    return write(folder, spec, load(profile), rerender)
+
+
+def _name(name: str) -> str:
+    """The id of a run, from itself or from the file of its spec."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        from job.spec import read, run_id
+
+        return run_id(read(Path(name)))
+    if not name.strip():
+        raise SpecInvalid("the name of a run is empty; tunejob list shows those that are there")
+    return name
