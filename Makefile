@@ -28,8 +28,8 @@ LABELS = --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproje
     --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*') \
     --build-arg CREATED=$(shell git log -1 --format=%cI)
 
-.PHONY: help set-up run test test-slow test-others test-image test-cluster test-cluster-full check format docs lock \
-	base-image image image-store clean
+.PHONY: help set-up run test test-slow test-others test-image test-cluster test-cluster-full bench-launcher check format \
+	docs lock base-image image image-store clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -69,6 +69,9 @@ test-cluster: $(READY) models/SmolLM2-135M-Instruct  ## the tests on a real clus
 
 test-cluster-full: $(READY) models/SmolLM2-135M-Instruct  ## all of them, with faults that take minutes
 	$(TEST) -m cluster
+
+bench-launcher: $(READY)  ## time the launcher's commands against what the interpreter and its client library take
+	$(BIN)/python -m tests.bench.launcher
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -1,9 +1,9 @@
 """Everything that is known of a run at one moment, as plain data: ``launcher.why`` judges it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from launcher.cluster import (
     EVENTS,
@@ -13,12 +13,11 @@ from launcher.cluster import (
     QUOTAS,
     WORKLOADS,
     Cluster,
+    Kind,
 )
 from launcher.codes import LauncherError, NotAllowed, NotFound
 from launcher.labels import Manifest
 from launcher.runs import Attempt, Run
-
-T = TypeVar("T")
 
 LOOKED_AT = 3
 """Pods, the newest ones, whose events are read."""
@@ -90,14 +89,14 @@ class _Reader:
         self.cluster = cluster
         self.missing: list[str] = []
 
-    def ask(self, what: Callable[[], T], otherwise: T) -> T:
-        """An answer, or ``otherwise`` where this account may not ask."""
+    def list(self, kind: Kind, fields: str = "") -> list[Manifest]:
+        """The objects that a field selector takes; none where this account may not ask."""
         try:
-            return what()
+            return self.cluster.list(kind, fields=fields)
         except NotAllowed as error:
             if str(error) not in self.missing:
                 self.missing.append(str(error))
-            return otherwise
+            return []
 
 
 def gather(cluster: Cluster, run: Run) -> Evidence:
@@ -114,9 +113,9 @@ def gather(cluster: Cluster, run: Run) -> Evidence:
     return Evidence(
         run,
         events,
-        nodes=tuple(reader.ask(lambda: cluster.list(NODES), [])) if is_open and _needs_nodes(run) else (),
-        quotas=tuple(reader.ask(lambda: cluster.list(QUOTAS), [])) if is_open and is_refused else (),
-        limit_ranges=tuple(reader.ask(lambda: cluster.list(LIMIT_RANGES), [])) if is_open and is_refused else (),
+        nodes=tuple(reader.list(NODES)) if is_open and _needs_nodes(run) else (),
+        quotas=tuple(reader.list(QUOTAS)) if is_open and is_refused else (),
+        limit_ranges=tuple(reader.list(LIMIT_RANGES)) if is_open and is_refused else (),
         has_kueue=has_kueue,
         has_queue=has_queue,
         workload=workload,
@@ -131,12 +130,7 @@ def _events(reader: _Reader, run: Run) -> tuple[Event, ...]:
     for attempt in run.pods[-LOOKED_AT:]:
         asked.append(f"involvedObject.uid={attempt.manifest['metadata']['uid']}")
         asked += [f"involvedObject.name={name}" for name in _claims(attempt)]
-    found = [one for fields in asked for one in reader.ask(lambda fields=fields: _listed(reader, fields), [])]  # type: ignore[misc]
-    return heard(found)
-
-
-def _listed(reader: _Reader, fields: str) -> list[Manifest]:
-    return reader.cluster.list(EVENTS, fields=fields)
+    return heard([one for fields in asked for one in reader.list(EVENTS, fields)])
 
 
 def _claims(attempt: Attempt) -> list[str]:
@@ -183,10 +177,9 @@ def _queue(reader: _Reader, run: Run) -> tuple[bool, bool, Manifest | None]:
     """Whether there is Kueue, the run's LocalQueue, and Kueue's record of the Job."""
     if not run.queue or run.is_schedule or run.state in ("running", "complete"):
         return True, True, None
-    cluster = reader.cluster
     try:
-        known = {one["metadata"]["name"] for one in reader.ask(lambda: cluster.list(LOCAL_QUEUES), [])}
-        workloads = reader.ask(lambda: cluster.list(WORKLOADS), [])
+        known = {one["metadata"]["name"] for one in reader.list(LOCAL_QUEUES)}
+        workloads = reader.list(WORKLOADS)
     except NotFound:  # the server does not know the kind
         return False, False, None
     may_not_look = any("localqueues" in line for line in reader.missing)
@@ -204,6 +197,9 @@ def _progress(reader: _Reader, run: Run) -> Mapping[str, Any]:
     from launcher.logs import latest_progress
 
     try:
-        return reader.ask(lambda: latest_progress(reader.cluster, run), {})
+        return latest_progress(reader.cluster, run)
+    except NotAllowed as error:
+        reader.missing.append(str(error))
     except LauncherError:  # its log cannot be had just now: its node may be away
-        return {}
+        pass
+    return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from job.spec import differences, parse
 from launcher import runs
 from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS, Cluster
-from launcher.codes import LauncherError, Refused, RunFailed, TimedOut
+from launcher.codes import LauncherError, NotFound, Refused, RunFailed, TimedOut
 from launcher.labels import RUN, SPEC_DIGEST, Manifest
 from launcher.runs import Run
 
@@ -204,7 +204,7 @@ def _has_added(cluster: Cluster, name: str, metadata: Mapping[str, Any], owner: 
     fixed = {key: metadata[key] for key in ("uid", "resourceVersion")}
     try:
         cluster.merge(CONFIG_MAPS, name, {"metadata": {**fixed, "ownerReferences": owners}})
-    except (Refused, runs.NotFound):
+    except (Refused, NotFound):
         return False
     return True
 

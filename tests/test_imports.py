@@ -29,7 +29,15 @@ STORE_SIDE = {
 
 AGREEMENT = {"job.spec", "job.strict_yaml", "job.exits", "job.layout", "job.status", "job.errors"}
 """What the launcher shares with the container."""
-READERS = {"launcher.results", "launcher.folders"}
+READERS = {
+    "launcher.results",
+    "launcher.folders",
+    "launcher.remote",
+    "launcher.download",
+    "launcher.logs",
+    "launcher.manage",
+    "launcher.verbs",
+}
 """Modules of the launcher that look at what runs left behind, and so may open a store."""
 
 SUPERVISOR = {"job.__main__", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
@@ -37,6 +45,7 @@ WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verif
 
 ONLY = {
     "boto3": set[str](),
+    "kubernetes": {"launcher.cluster"},
     "botocore": {"job.s3", "job.s3_client", "job.s3_errors"},
     "s3transfer": {"job.s3", "job.s3_client", "job.s3_errors"},
     "yaml": {"job.strict_yaml"},
@@ -173,6 +182,35 @@ def test_a_wrong_import_would_be_caught(
     known = {"job.middle": {"torch", "torch.nn"}, "job.store": set[str](), "job.spec": set[str]()}
     known["start"] = imports(source, "job")
     assert rule("start", known) == caught
+
+
+POSIX = {"fcntl", "pwd", "grp", "resource", "termios", "tty", "pty", "syslog", "posix", "readline"}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(KNOWN) if package(name) in ("launcher", "tunejob", "main")])
+def test_the_launcher_imports_nothing_that_only_posix_has(name: str) -> None:
+    reached = {other for other in reach(name, KNOWN) if package(other) in ("launcher", "tunejob", "main")} | AGREEMENT
+    assert not {package(other) for module in reached for other in KNOWN.get(module, ())} & POSIX
+
+
+PURE = {"launcher.render", "launcher.profile", "launcher.pod", "launcher.bundle", "launcher.labels"}
+
+
+@pytest.mark.parametrize("name", sorted(PURE & KNOWN.keys()))
+def test_rendering_never_reaches_the_cluster_or_a_store(name: str) -> None:
+    assert not reach(name, KNOWN) & {"launcher.cluster", "kubernetes", "boto3", "job.store"}
+
+
+def test_check_and_render_load_neither_client_nor_torch_nor_boto3() -> None:
+    code = (
+        "import sys, launcher.cli\n"
+        "assert launcher.cli.main(['check', 'configs/gitops.yaml', '-p', 'configs/profiles/gpus.yaml']) == 0\n"
+        "assert launcher.cli.main(['render', 'configs/gitops.yaml', '-p', 'configs/profiles/gpus.yaml']) == 0\n"
+        "print('LOADED', *sys.modules)"
+    )
+    printed, loaded = fresh_python(code).split("LOADED")
+    assert "kind: Job" in printed
+    assert not set(loaded.split()) & (TORCH_SIDE | {"boto3", "kubernetes", "rich"})
 
 
 @pytest.mark.parametrize("module", ["tunejob", "launcher.cli"])

@@ -1,4 +1,4 @@
-"""Under a CronJob each fire is a run of its own: spec and Job's name make its id, in the container as in the launcher."""
+"""Under a CronJob each fire is a run of its own, called alike by its container and by the launcher."""
 
 import json
 import os
