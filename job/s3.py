@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from botocore import exceptions as sdk
@@ -19,10 +20,12 @@ from s3transfer.subscribers import BaseSubscriber
 
 from job.errors import IntegrityFailure, JobError, SpecInvalid
 from job.files import FileEntry
-from job.s3_ask import Asker, Patience
+from job.s3_ask import HASTY, Asker, Patience
 from job.s3_client import Link, parse
 from job.s3_errors import Absent, Damaged, Question
 from job.store import Entry, PreconditionFailed, checked, install, is_key, require_space, size_text, translated
+
+__all__ = ["HASTY", "S3Store"]
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,13 @@ _TICK_SECONDS = 0.2
 class S3Store:
     """What ``s3://BUCKET/PREFIX`` names. Any number of threads may use it."""
 
-    def __init__(self, uri: str, *, patience: Patience | None = None) -> None:
+    def __init__(
+        self, uri: str, *, patience: Patience | None = None, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Nothing is asked yet.
+
+        Args:
+            settings: see ``job.s3_client.connection``.
 
         Raises:
             SpecInvalid: the URI names no place in S3.
@@ -48,7 +56,7 @@ class S3Store:
         self.uri = uri
         location = parse(uri)
         self._bucket, self._prefix = location.bucket, location.prefix
-        self._asker = Asker(patience or Patience())
+        self._asker = Asker(patience or Patience(), settings)
 
     def __repr__(self) -> str:
         return f"S3Store({self.uri!r})"

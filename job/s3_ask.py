@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,11 +38,23 @@ class Patience:
     """Once it is clear when to leave: until a silent server is given up, with two tries of the SDK."""
 
 
+HASTY = Patience(
+    control_seconds=6.0,
+    bulk_seconds=60.0,
+    settle_seconds=0.0,
+    longest_wait=2.0,
+    connect_seconds=4.0,
+    read_seconds=20.0,
+    sdk_attempts=1,
+)
+"""For a person who waits for the answer."""
+
+
 class Asker:
     """Asks one place of one store. Any number of threads may use it."""
 
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
+    def __init__(self, patience: Patience, settings: Mapping[str, str]) -> None:
+        self.patience, self._settings = patience, settings
         self.was_granted = False
         """Whether anything was ever answered with a yes."""
         self._leave_by = float("inf")
@@ -92,7 +104,7 @@ class Asker:
         if self._leave_by < limit:
             limit, attempts = self.patience.late_seconds, min(attempts, 2)
         connect, read = min(self.patience.connect_seconds, limit / 3), min(self.patience.read_seconds, limit)
-        return connection(connect, read, attempts, instead_of=refused)
+        return connection(connect, read, attempts, instead_of=refused, settings=self._settings)
 
     def _pause(self, seconds: float) -> None:
         """Waits; a call of ``hurry`` cuts it short."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -109,23 +110,32 @@ _loader = create_loader()
 _current: tuple[object, Link] | None = None
 
 
-def connection(connect_seconds: float, read_seconds: float, attempts: int, *, instead_of: Link | None = None) -> Link:
-    """This process's connection, made on first use, after a fork and whenever the environment's settings change.
+def connection(
+    connect_seconds: float,
+    read_seconds: float,
+    attempts: int,
+    *,
+    instead_of: Link | None = None,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Link:
+    """This process's connection, made on first use, after a fork and whenever the settings change.
 
     Args:
         connect_seconds, read_seconds: until a server that is silent is given up.
         attempts: that boto3 makes by itself.
         instead_of: one that was refused; if it is still the current one, credentials are read again.
+        settings: values of environment variables (endpoint, region, addressing, checksums) that win over the
+            environment's; credentials and certificates are always the environment's.
 
     Raises:
         SpecInvalid: a setting cannot be used.
     """
     global _current
     timing = (connect_seconds, read_seconds, attempts)
-    wanted = (os.getpid(), timing, _settings())
+    wanted = (os.getpid(), timing, _settings(), frozenset(settings.items()))
     with _lock:
         if _current is None or _current[0] != wanted or _current[1] is instead_of:
-            _current = (wanted, _connect(*timing))
+            _current = (wanted, _connect(*timing, {**os.environ, **settings}))
         return _current[1]
 
 
@@ -134,10 +144,10 @@ def _settings() -> frozenset[tuple[str, str]]:
     return frozenset((name, os.environ[name]) for name in names)
 
 
-def _connect(connect_seconds: float, read_seconds: float, attempts: int) -> Link:
+def _connect(connect_seconds: float, read_seconds: float, attempts: int, environment: Mapping[str, str]) -> Link:
     for name in _CHATTY:  # at DEBUG they write credentials down
         logging.getLogger(name).setLevel(logging.WARNING)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
     if endpoint:
         _require_plausible(endpoint)
     _require_files()
@@ -146,15 +156,16 @@ def _connect(connect_seconds: float, read_seconds: float, attempts: int) -> Link
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "false":
         session.get_component("credential_provider").remove("iam-role")  # nobody asked for the node's own rights
     try:
-        config = _config(is_custom=bool(endpoint)).merge(
+        config = _config(environment, is_custom=bool(endpoint)).merge(
             Config(
                 connect_timeout=connect_seconds,
                 read_timeout=read_seconds,
                 retries={"mode": "standard", "total_max_attempts": attempts},
             )
         )
-        region = session.get_config_variable("region") or ("us-east-1" if endpoint else None)
-        client = session.create_client("s3", region_name=region, config=config)
+        region = environment.get("AWS_REGION") or session.get_config_variable("region")
+        region = region or ("us-east-1" if endpoint else None)
+        client = session.create_client("s3", region_name=region, endpoint_url=endpoint, config=config)
     except ValueError as error:
         raise SpecInvalid(
             f"the store's settings cannot be used: {error}; check AWS_ENDPOINT_URL_S3 and AWS_REGION"
@@ -173,16 +184,16 @@ def _connect(connect_seconds: float, read_seconds: float, attempts: int) -> Link
     )
 
 
-def _config(*, is_custom: bool) -> Config:
-    addressing = os.environ.get(ADDRESSING_VARIABLE) or ("path" if is_custom else "auto")
+def _config(environment: Mapping[str, str], *, is_custom: bool) -> Config:
+    addressing = environment.get(ADDRESSING_VARIABLE) or ("path" if is_custom else "auto")
     if addressing not in ("path", "virtual", "auto"):
         raise SpecInvalid(f"{ADDRESSING_VARIABLE}={addressing!r}: one of path, virtual and auto is known")
     # Other stores may not know Amazon's newer checksums. A signed payload and an MD5 serve there: what was altered on
     # the way is refused, over TLS too.
     checksums: dict[str, str] = {}
-    if is_custom:
-        wanted = {"request_checksum_calculation", "response_checksum_validation"}
-        checksums = {name: "when_required" for name in wanted if f"AWS_{name.upper()}" not in os.environ}
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        if wanted := environment.get(f"AWS_{name.upper()}") or ("when_required" if is_custom else ""):
+            checksums[name] = wanted
     return Config(
         max_pool_connections=POOL,
         tcp_keepalive=True,

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +115,12 @@ def local_path(uri: str) -> Path | None:
     return Path(os.path.abspath(unquote(uri.removeprefix("file:").removeprefix("//" + parts.netloc))))
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, settings: Mapping[str, str] | None = None) -> Store:
     """The store a URI names; nothing is read or made yet.
+
+    Args:
+        settings: how a person's machine sees an S3 store, as environment variables that win over the environment's;
+            answers are then waited for seconds, not minutes. Left out: a run's patience, the environment's settings.
 
     Raises:
         SpecInvalid: no store can be opened by this URI, or its client is not installed.
@@ -128,10 +132,13 @@ def open_store(uri: str) -> Store:
         return DirectoryStore(path, uri)
     if uri.startswith("s3:"):
         try:
-            from job.s3 import S3Store  # brings boto3, which a run without s3:// needs neither time nor memory for
+            from job.s3 import (
+                HASTY,
+                S3Store,
+            )  # brings boto3, which a run without s3:// needs neither time nor memory for
         except ModuleNotFoundError as error:
             raise SpecInvalid(f"{uri}: needs {error.name}, which is not here: pip install 'tunejob[s3]'") from error
-        return S3Store(uri)
+        return S3Store(uri) if settings is None else S3Store(uri, patience=HASTY, settings=settings)
     plain = uri.split("?")[0]  # a presigned address carries its key behind the question mark
     raise SpecInvalid(f"{plain}: no store is opened by {uri.split('://')[0]}://; name s3://BUCKET/PREFIX or a folder")
 
