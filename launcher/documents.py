@@ -134,9 +134,18 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def left_over(root: Path) -> list[Path]:
+    """Files below k8s/examples/ that nothing makes any more: a changed spec is another run, of another name."""
+    there = [path for path in (root / "k8s" / "examples").rglob("*") if path.is_file()]
+    return sorted(set(there) - made(root).keys())
+
+
 def main() -> int:
-    """Writes the files that differ and names them."""
+    """Writes the files that differ, removes those that nothing makes, and names both."""
     root = Path(__file__).resolve().parent.parent
+    for path in left_over(root):
+        path.unlink()
+        print(f"{path.relative_to(root)} removed")
     for path, text in made(root).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)

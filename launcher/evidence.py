@@ -151,7 +151,7 @@ def heard(events: Sequence[Manifest]) -> tuple[Event, ...]:
                 str(about.get("name", "")),
                 str(about.get("kind", "")),
                 str(one.get("reason", "")),
-                " ".join(str(one.get("message", "")).split()),
+                " ".join(str(one.get("message", "")).split()).removeprefix("(combined from similar events): "),
                 int(series.get("count") or one.get("count") or 1),
                 str(last or one.get("metadata", {}).get("creationTimestamp") or ""),
                 one.get("type") == "Warning",
@@ -197,7 +197,8 @@ def _progress(reader: _Reader, run: Run) -> Mapping[str, Any]:
     from launcher.logs import latest_progress
 
     try:
-        return latest_progress(reader.cluster, run)
+        word: Mapping[str, Any] = latest_progress(reader.cluster, run)
+        return word
     except NotAllowed as error:
         reader.missing.append(str(error))
     except LauncherError:  # its log cannot be had just now: its node may be away

@@ -45,17 +45,17 @@ def _claim(evidence: Evidence) -> Found | None:
 _SCHEDULING = (
     (
         "untolerated taint",
-        "{nodes} have a taint that it does not tolerate",
+        "{nodes}: a taint that it does not tolerate",
         "name the taint in the profile: gpu_types.NAME.tolerations",
     ),
     (
         "didn't match Pod's node affinity/selector",
-        "{nodes} lack the labels that its GPU type asks for",
+        "{nodes}: without the labels that its GPU type asks for",
         "mend gpu_types.NAME.node_selector in the profile (kubectl get nodes --show-labels)",
     ),
-    ("were unschedulable", "{nodes} are cordoned", "kubectl uncordon NODE, or wait"),
-    ("Too many pods", "{nodes} run as many pods as they may", "wait until others end"),
-    ("volume node affinity conflict", "{nodes} are not where its volume is", "kubectl get pv shows where"),
+    ("were unschedulable", "{nodes}: cordoned", "kubectl uncordon NODE, or wait"),
+    ("Too many pods", "{nodes}: as many pods as it may run", "wait until others end"),
+    ("volume node affinity conflict", "{nodes}: not where its volume is", "kubectl get pv shows where"),
 )
 """What the scheduler says, in our words, and what to try."""
 
@@ -69,7 +69,7 @@ def _placement(evidence: Evidence) -> Found | None:
     asked = attempt.manifest["spec"]["containers"][0].get("resources", {}).get("requests") or {}
     words, remedies = [], []
     for nodes, what in ((match["nodes"], match["what"]) for match in _LACKS.finditer(before)):
-        words.append(f"{_nodes(nodes)} lack {asked.get(what, '')} {what}".replace("  ", " ") + _most(evidence, what))
+        words.append(f"{_nodes(nodes)}: too little {what}, {asked.get(what, '?')} asked{_most(evidence, what)}")
         remedies.append(_less(what))
     for mark, word, remedy in _SCHEDULING:
         if match := re.search(rf"(\d+) (?:node\(s\) )?(?:had )?{re.escape(mark)}( \{{[^}}]*\}})?", before):
@@ -93,7 +93,12 @@ def _most(evidence: Evidence, what: str) -> str:
     known = [str(value) for value in there if value]
     if not evidence.nodes:
         return ""
-    return f" (the largest has {max(known, key=amount)} in all)" if known else " (none has any)"
+    return f" (the largest has {_short(what, max(known, key=amount))} in all)" if known else " (none has any)"
+
+
+def _short(what: str, quantity: str) -> str:
+    """Bytes in GiB; everything else as it is."""
+    return f"{float(amount(quantity)) / 2**30:.1f}Gi" if what in ("memory", "ephemeral-storage") else quantity
 
 
 def _less(what: str) -> str:

@@ -9,6 +9,7 @@ from launcher.evidence import Event, Evidence, moment
 from launcher.quantity import amount
 
 _ABSENT_ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found')
+_PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
 _QUOTA = re.compile(
     r"exceeded quota: (?P<name>[^,]+), requested: (?P<asked>.*), used: (?P<used>.*), limited: (?P<hard>.*)"
 )
@@ -123,6 +124,18 @@ def _webhook(evidence: Evidence) -> Found | None:
     )
 
 
+def _priority(evidence: Evidence) -> Found | None:
+    event = _refused(evidence)
+    match = _PRIORITY.search(event.message) if event else None
+    if not event or not match:
+        return None
+    return Found(
+        f"its pods are refused: there is no PriorityClass {match['name']}",
+        "mend scheduling.priority in the spec (kubectl get priorityclasses)",
+        (event.line,),
+    )
+
+
 def _other_refusal(evidence: Evidence) -> Found | None:
     event = _refused(evidence)
     if not event:
@@ -140,6 +153,7 @@ REFUSALS = (
     Rule("pod-security", "the namespace's Pod Security level refuses the pods", _security, Code.REFUSED),
     Rule("quota", "a ResourceQuota refuses the pods, for now or for ever", _quota, Code.REFUSED),
     Rule("limit-range", "a LimitRange refuses the pods", _limits, Code.REFUSED),
+    Rule("priority", "the PriorityClass is missing", _priority, Code.REFUSED),
     Rule("admission", "an admission webhook or policy refuses the pods", _webhook, Code.REFUSED),
     Rule("not-made", "the pods cannot be made, for another reason", _other_refusal, Code.REFUSED),
 )

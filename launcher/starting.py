@@ -170,7 +170,7 @@ def _key(evidence: Evidence) -> Found | None:
 def _source_of(attempt: Attempt, volume: str) -> str:
     """The Secret or ConfigMap behind a volume; the event does not name it."""
     volumes = attempt.manifest["spec"].get("volumes") or []
-    found = next((one for one in volumes if one["name"] == volume), {})
+    found: Mapping[str, Any] = next((one for one in volumes if one["name"] == volume), {})
     return str(found.get("secret", {}).get("secretName") or found.get("configMap", {}).get("name") or volume)
 
 

@@ -30,7 +30,7 @@ def diagnose(evidence: Evidence, ask_store: AskStore | None = None) -> list[Caus
     """
     if failing(evidence):
         return [*_of_failure(evidence, ask_store), *_blind(evidence)]
-    found = [cause for rule in RULES if (cause := rule.cause(evidence))]
+    found = _told_once([cause for rule in RULES if (cause := rule.cause(evidence))])
     state = next(cause for rule in STATES if (cause := rule.cause(evidence)))
     before = [] if evidence.run.state == "complete" else _before(evidence)
     return [*(found or [state]), *before, *_blind(evidence)]
@@ -42,6 +42,16 @@ def startup_problem(evidence: Evidence) -> Cause | None:
         if (found := rule.find(evidence)) and found.is_lasting:
             return rule.cause(evidence)
     return None
+
+
+def _told_once(causes: Sequence[Cause]) -> list[Cause]:
+    """Without those that conclude less from what an earlier one was concluded from already."""
+    kept: list[Cause] = []
+    for cause in causes:
+        known = {line for one in kept for line in one.seen}
+        if not kept or not set(cause.seen) <= known:
+            kept.append(cause)
+    return kept
 
 
 def _of_failure(evidence: Evidence, ask_store: AskStore | None) -> list[Cause]:
