@@ -11,7 +11,7 @@ from launcher.quantity import amount
 _AT_ONCE = ("count/jobs.batch", "count/cronjobs.batch", "count/configmaps", "configmaps")
 """What is counted when a run is submitted; the rest is counted when its pod is made, and that is tried again."""
 _OTHER_SCOPES = ("Terminating", "BestEffort", "CrossNamespacePodAffinity", "PriorityClass", "VolumeAttributesClass")
-"""Scopes of quotas that do not, or not surely, take in our pods: those ask for memory and have no deadline of their own."""
+"""Scopes of quotas that may not take in our pods: they ask for memory, and only their Job has a deadline."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _short(quota: str, name: str, asked: Fraction | None, hard: str, used: str) 
 
 def _written(name: str, number: Fraction) -> str:
     if name.endswith(("memory", "storage")):
-        return f"{float(number) / 2**30:g}Gi"
+        return f"{float(number) / 2**30:g}Gi" if number >= 2**30 else f"{float(number) / 2**20:g}Mi"
     return f"{float(number):g}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.codes import Code, Detached, RunFailed
+from launcher.codes import Code, Detached, NoResult, RunFailed
 
 if TYPE_CHECKING:
     from launcher.runs import Run
@@ -91,15 +91,27 @@ def _ended(door: "Door", run: "Run") -> int:
     """Says how a run ended; the code is that of ``launcher.watch.outcome``."""
     from launcher.watch import outcome
 
-    code = outcome(run)
+    code = outcome(run, lambda: _has_manifest(door, run))
     if code == Code.JOB_FAILED:
         cause = next(iter(door.causes(run)), None)
         said = f"{cause.sentence}\n{cause.remedy}" if cause else run.message
         raise RunFailed(f"{run.id} failed: {said}")
-    say(f"{run.id}: {run.state}" + (f"; {_again('results', run.id)}" if code == Code.OK else ""))
     if code == Code.NO_RESULT:
-        say(f"tunejob: {run.job} is complete, but no pod left the manifest's digest; {_again('results', run.id)} looks")
+        raise NoResult(f"{run.job} is complete, but there is no manifest below {run.output}: was the folder deleted?")
+    say(f"{run.id}: complete; {_again('results', run.id)} shows what it left")
     return code
+
+
+def _has_manifest(door: "Door", run: "Run") -> bool:
+    """Whether the store has the run's manifest; a store that cannot be asked from here is not the run's failure."""
+    from job.errors import JobError
+    from job.layout import MANIFEST
+
+    try:
+        return door.store(run).read(MANIFEST) is not None
+    except JobError as error:
+        say(f"no pod is left to say what was published, and the store cannot be asked: {error}")
+        return True
 
 
 def listed(arguments: argparse.Namespace) -> int:

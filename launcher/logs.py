@@ -29,6 +29,8 @@ OVERLAP_SECONDS = 2
 """So far back a broken stream is read again: the server counts in seconds, and stdout and stderr of a container may be
 stamped a little out of order."""
 REOPEN_SECONDS = 1.0
+LAST_TRIES = 3
+"""Times that the log of a container which has ended is asked for."""
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ?(.*)", re.DOTALL)
 
@@ -140,8 +142,11 @@ def stream(
         is_over: whether the container is known to write no more, or is gone; takes whether the stream before ended by
             itself, and may raise what ends the following.
         tail: begins with so many lines.
+
+    Raises:
+        ClusterUnreachable: the container has ended, and its log cannot be read to the end.
     """
-    seen, is_clean = Seen(), True
+    seen, is_clean, failures = Seen(), True, 0
     while True:
         is_last = is_over(is_clean)
         if seen.is_used and not is_last:
@@ -154,6 +159,9 @@ def stream(
             is_clean = True
         except ClusterUnreachable:
             is_clean = False
+            failures += is_last
+            if failures >= LAST_TRIES:  # its node may be gone for good
+                raise
         if is_last and is_clean:
             return
 

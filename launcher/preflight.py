@@ -142,7 +142,7 @@ def _answered(answer: Manifest, workload: Manifest, found: Findings) -> None:
         )
     if spec.get("suspend") and not _queue_of(workload):
         found.warnings.append(
-            "the cluster suspends it although no queue is named: an admission webhook (Kueue's default queue?) takes it in"
+            "the cluster suspends it although no queue is named: a webhook (Kueue's default queue?) takes it in"
         )
 
 
@@ -153,7 +153,7 @@ def _warned(text: str, level: list[str], namespace: str, found: Findings) -> Non
         found.warnings.append(f"the cluster warns: {text}")
     elif match["level"] in level:
         found.refusals.append(
-            f"namespace {namespace} enforces Pod Security {match['level']}, and refuses every pod of it: {match['what']}"
+            f"namespace {namespace} enforces Pod Security {match['level']} and refuses every pod of it: {match['what']}"
         )
     else:
         sure = "" if level else "; whether it is enforced cannot be read: if it is, every pod is refused"
@@ -191,8 +191,8 @@ def _account(cluster: Cluster, workload: Manifest, found: Findings) -> None:
     name = template_of(workload)["spec"].get("serviceAccountName")
     if name and cluster.get(SERVICE_ACCOUNTS, name) is None:
         found.refusals.append(
-            f"no ServiceAccount {name} in namespace {cluster.namespace}: kubectl apply -k k8s/ makes it, or name another "
-            "in the profile (service_account)"
+            f"no ServiceAccount {name} in namespace {cluster.namespace}: kubectl apply -k k8s/ makes it, or name "
+            "another in the profile (service_account)"
         )
 
 
@@ -203,8 +203,8 @@ def _config_maps(cluster: Cluster, rendered: "Rendered", found: Findings) -> Non
     for name in names:
         if name != rendered.config_map["metadata"]["name"] and cluster.get(CONFIG_MAPS, name) is None:
             found.refusals.append(
-                f"no ConfigMap {name} in namespace {cluster.namespace}: kubectl -n {cluster.namespace} create configmap "
-                f"{name} --from-file=ca.crt=FILE, or mend store.ca_config_map in the profile"
+                f"no ConfigMap {name} in namespace {cluster.namespace}: kubectl -n {cluster.namespace} create "
+                f"configmap {name} --from-file=ca.crt=FILE, or mend store.ca_config_map in the profile"
             )
 
 

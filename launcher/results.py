@@ -1,13 +1,18 @@
-"""What a finished run left behind, read from its folder."""
+"""What a finished run left behind, read from its folder here or in a store."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job import layout
 from job.errors import InputMissing, IntegrityFailure
 from job.store import open_store
+from launcher.codes import NoResult, Refused, RunFailed
+
+if TYPE_CHECKING:
+    from job.store import Store
+    from launcher.runs import Run
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def load(uri: str) -> Results:
         IntegrityFailure: the file is there but is no JSON object.
     """
     store = open_store(uri)
-    found = store.read(layout.EVAL_RESULTS) if store.read(layout.MANIFEST) else None
+    found = _record(store, uri)
     if found is None:
         begun = store.read(layout.OWNER) is not None
         raise InputMissing(
@@ -68,6 +73,38 @@ def load(uri: str) -> Results:
             else f"{uri}: no finished run ({layout.MANIFEST} and {layout.EVAL_RESULTS} are looked for); "
             "name the folder of one run, as `train` prints it"
         )
+    return found
+
+
+def read(store: "Store", run: "Run") -> Results:
+    """The results of a run on the cluster, out of its folder. The manifest decides whether there are any.
+
+    Raises:
+        Refused: it has not ended.
+        RunFailed: it failed.
+        NoResult: its Job is complete, and nothing is published.
+        IntegrityFailure: the file is there but is no JSON object.
+    """
+    found = _record(store, run.output)
+    if found is not None:
+        return found
+    if run.state == "complete":
+        raise NoResult(
+            f"{run.output}: {run.job} is complete, but {layout.MANIFEST} or {layout.EVAL_RESULTS} is missing"
+        )
+    if run.state == "failed":
+        raise RunFailed(
+            f"{run.id} failed and published nothing; tunejob why {run.id} says why, tunejob retry {run.id} goes on "
+            "from the last checkpoint"
+        )
+    raise Refused(f"{run.id} is {run.state} and has published nothing yet; tunejob wait {run.id} waits for its end")
+
+
+def _record(store: "Store", uri: str) -> Results | None:
+    """What eval_results.json says; None if nothing is published."""
+    found = store.read(layout.EVAL_RESULTS) if store.read(layout.MANIFEST) else None
+    if found is None:
+        return None
     try:
         record = json.loads(found[0])
     except ValueError:

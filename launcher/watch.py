@@ -135,9 +135,11 @@ def attended(
         stage.tell(run, begun, numbers)
         if begun:
             shown.add(begun.pod)
-            yield from logs.stream(
-                cluster, begun.pod, numbers[begun.pod], _Container(poll, begun, say).has_ended, tail, clock
-            )
+            container = _Container(poll, begun, say)
+            try:
+                yield from logs.stream(cluster, begun.pod, numbers[begun.pod], container.has_ended, tail, clock)
+            except ClusterUnreachable as error:
+                say(f"{begun.pod}: its log may end here too early ({error}); the store has it")
             poll.hasten()
         elif poll.is_over():
             return run

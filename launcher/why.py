@@ -161,8 +161,8 @@ def reference() -> str:
         [
             "# Why: the causes\n",
             "Made from `launcher/why.py` by `make docs`; change it there. `tunejob why RUN` names the likeliest cause",
-            "first, what it was concluded from, and what to try. The code is what `tunejob wait` leaves with because of",
-            "it (0: nothing is wrong, it goes on).\n",
+            "first, what it was concluded from, and what to try. The code is what `tunejob wait` leaves with because",
+            "of it (0: nothing is wrong, it goes on).\n",
             "## Before the start, and while it goes on\n",
             *_table(("cause", "code", "meaning"), [(r.name, str(int(r.code)), r.meaning) for r in (*RULES, *STATES)]),
             "\n## How it ended\n",

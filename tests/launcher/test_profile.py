@@ -52,7 +52,7 @@ PROBLEMS = {
     "an id in env": (SMALLEST + "env: {AWS_ACCESS_KEY_ID: x}", "team.yaml:3: env: ", "no secrets"),
     "ours in env": (SMALLEST + "env: {AWS_REGION: eu}", "team.yaml:3: env: AWS_REGION is set", "set store.region"),
     "no variable": (SMALLEST + "env: {a-b: x}", "team.yaml:3: env: ", "no name of a variable"),
-    "a number in env": (SMALLEST + "env: {A: 1}", "team.yaml:3: env: ", "quotes"),
+    "a number in env": (SMALLEST + "env: {A: 1}", "team.yaml:3: env.A: expected text, not 1", "quotes"),
     "label": (SMALLEST + "labels: {team: a b}", "team.yaml:3: labels: ", "is no label"),
     "our label": (SMALLEST + "labels: {tunejob.dev/run: a}", "team.yaml:3: labels: ", "remove it"),
     "endpoint": ("image: x\nstore: {output: s3://runs, endpoint: minio}", "team.yaml:2: store.endpoint: ", "http://"),
