@@ -73,9 +73,9 @@ def _look(arguments: argparse.Namespace, spec: "JobSpec") -> int:
     if arguments.profile is None:
         return look(spec, {})
     from launcher.profile import load
-    from launcher.remote import settings
+    from launcher.remote import settings_of
 
-    return look(spec, settings(load(arguments.profile)))
+    return look(spec, settings_of(load(arguments.profile)))
 
 
 def _check_cluster(arguments: argparse.Namespace, spec: "JobSpec") -> None:

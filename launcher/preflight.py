@@ -67,6 +67,8 @@ def look(cluster: Cluster, rendered: "Rendered") -> Findings:
     """
     found = Findings()
     _server(cluster, found)
+    if found.refusals:  # what it would answer to the rest is not to be relied upon
+        return found
     level: list[str] = []
     found.may(lambda: level.extend(_enforced(cluster)))
     _dry_run(cluster, rendered, found, level)

@@ -224,8 +224,11 @@ def _problems(spec: JobSpec) -> Iterator[str]:
 def _zone_problems(zone: str) -> Iterator[str]:
     import zoneinfo
 
-    known = zoneinfo.available_timezones()
-    if known and zone not in known:  # a machine without a data base of zones leaves it to the server
-        near = difflib.get_close_matches(zone, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; write it like Asia/Tokyo"
-        yield f"scheduling.time_zone: {zone}: there is no such time zone{hint}"
+    try:
+        zoneinfo.ZoneInfo(zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        known = zoneinfo.available_timezones()
+        if known:  # a machine without a data base of zones leaves it to the server
+            near = difflib.get_close_matches(zone, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; write it like Asia/Tokyo"
+            yield f"scheduling.time_zone: {zone}: there is no such time zone{hint}"

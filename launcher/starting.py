@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.cause import Found, Rule
-from launcher.evidence import Evidence
+from launcher.evidence import Evidence, moment
 from launcher.placing import PLACEMENT
 from launcher.refusing import REFUSALS
 from launcher.runs import Attempt
 
 PULLS = 3
 """Pulls that fail before a registry that seems to be away counts as wrong."""
+PULL_SECONDS = 60
+"""How long that takes; counted where there are no events (they are kept for an hour)."""
 
 _PASSING = re.compile(
     r"connection refused|timeout|timed out|no such host|i/o|EOF|TLS handshake|too many requests|50\d|QPS", re.IGNORECASE
@@ -93,7 +95,8 @@ def _image(evidence: Evidence) -> Found | None:
     attempt, _, message = waiting
     failed = [one for one in evidence.about(attempt.pod, "Failed") if one.message.startswith("Failed to pull")]
     said = failed[0].message if failed else message
-    tries = max((one.count for one in failed), default=1)
+    age = evidence.now - moment(attempt.manifest["metadata"]["creationTimestamp"])
+    tries = max((one.count for one in failed), default=PULLS if age.total_seconds() > PULL_SECONDS else 1)
     is_passing = bool(_PASSING.search(said)) and not _DENIED.search(said) and tries < PULLS
     remedy = (
         "name a pull Secret in the profile (pull_secrets), or check that it has a right to this image"

@@ -223,7 +223,7 @@ class _Stage:
     def __init__(self, say: Say, causes: Causes | None, clock: Clock) -> None:
         self._say, self._causes, self._clock = say, causes, clock
         self._said = ""
-        self._asked = clock.monotonic()
+        self._asked = 0.0
 
     def tell(self, run: Run, begun: Attempt | None, numbers: dict[str, int]) -> None:
         """Takes the run as it is, and the attempt whose log comes next."""
@@ -236,9 +236,10 @@ class _Stage:
 
     def _waiting(self, run: Run) -> None:
         where = f" in {run.queue}" if run.queue and run.state == "queued" else ""
+        now = self._clock.monotonic()
         if not self._said.startswith(run.state):
             self._once(f"{run.state}{where}")
-        now = self._clock.monotonic()
+            self._asked = now
         if self._causes is None or now - self._asked < ASK_SECONDS:
             return
         self._asked = now

@@ -115,6 +115,8 @@ class Story:
     ) -> Iterator[str]:
         """Lines as the kubelet gives them; a stream goes on, and time with it, while the container runs."""
         self._answer()
+        if all(one["metadata"]["name"] != name for one in self._scene()[1]):
+            return
         lines = [(at, text) for at, text in self.logs.get(name, ()) if stamp(at)[:19] >= since_time[:19]]
         there = [index for index, (at, text) in enumerate(lines) if at <= self.now and text not in (BREAKS, ENDS)]
         first = there[-tail] if tail and len(there) > tail else 0
