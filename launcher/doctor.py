@@ -22,7 +22,7 @@ from launcher.cluster import (
     Cluster,
     Kind,
 )
-from launcher.codes import ClusterUnreachable, Code, LauncherError, NotAllowed
+from launcher.codes import Code, LauncherError, NotAllowed, NotFound
 from launcher.pod import CA_KEY, HUB_KEY, S3_KEY
 from launcher.preflight import ENFORCE, queue_problem, version_finding
 from launcher.quantity import amount
@@ -100,7 +100,7 @@ def examine(cluster: Cluster | LauncherError, profile: "Profile", store_probe: P
         if isinstance(cluster, LauncherError):
             raise cluster
         checks += _of_cluster(cluster, profile)
-    except (ClusterUnreachable, LauncherError) as error:
+    except LauncherError as error:
         remedy = "kubectl cluster-info asks the same; the profile's `context` chooses the cluster"
         checks.append(Check("cluster", "fail", str(error), remedy, error.exit_code))
     if store_probe is not None:
@@ -140,14 +140,9 @@ def _namespace(cluster: Cluster) -> Check:
         found = cluster.get(NAMESPACES, cluster.namespace)
     except NotAllowed as error:
         return Check("namespace", "warn", f"{cluster.namespace}: {error}")
-    if found is None:
-        return Check(
-            "namespace",
-            "fail",
-            f"{cluster.namespace}: there is none on {cluster.server}",
-            "name another in the profile, or have it made: kubectl apply -k k8s/",
-        )
-    level = (found["metadata"].get("labels") or {}).get(ENFORCE)
+    except NotFound as error:
+        return Check("namespace", "fail", str(error), "kubectl get namespaces")
+    level = ((found or {}).get("metadata", {}).get("labels") or {}).get(ENFORCE)
     said = (
         f"Pod Security {level} is enforced" if level else "no Pod Security level is enforced (a run passes restricted)"
     )
@@ -276,12 +271,17 @@ def quota_left(quota: Mapping[str, Any]) -> Check:
     """What a ResourceQuota leaves."""
     status = quota.get("status") or {}
     hard, used = status.get("hard") or {}, status.get("used") or {}
-    full = [name for name, most in hard.items() if amount(most) and amount(str(used.get(name, "0"))) >= amount(most)]
+    full = [name for name, most in hard.items() if _is_full(name, most, str(used.get(name, "0")))]
     said = ", ".join(f"{name} {used.get(name, '0')} of {most}" for name, most in hard.items())
     title = f"quota {quota['metadata']['name']}"
     if full:
         return Check(title, "warn", f"used up: {', '.join(full)} ({said})", "delete finished runs, or wait for others")
     return Check(title, "ok", said)
+
+
+def _is_full(name: str, hard: str, used: str) -> bool:
+    """No run asks for a Service, so a quota that forbids them is none of ours."""
+    return not name.startswith("services") and amount(used) >= amount(hard)
 
 
 def _store(probe: Probe, profile: "Profile") -> Check:

@@ -106,14 +106,9 @@ def _server(cluster: Cluster, found: Findings) -> None:
 
 
 def _enforced(cluster: Cluster) -> list[str]:
-    """The Pod Security level of the namespace, if it has one."""
-    namespace = cluster.get(NAMESPACES, cluster.namespace)
-    if namespace is None:
-        raise NotFound(
-            f"no namespace {cluster.namespace} on {cluster.server}: name another in the profile, or have it made "
-            "(kubectl apply -k k8s/)"
-        )
-    return [str((namespace["metadata"].get("labels") or {}).get(ENFORCE, "privileged"))]
+    """The Pod Security level of the namespace; raises NotFound if there is no such namespace."""
+    metadata = (cluster.get(NAMESPACES, cluster.namespace) or {}).get("metadata", {})
+    return [str((metadata.get("labels") or {}).get(ENFORCE, "privileged"))]
 
 
 def _dry_run(cluster: Cluster, rendered: "Rendered", found: Findings, level: list[str]) -> None:

@@ -113,7 +113,10 @@ class Run:
                 return state  # type: ignore[return-value]
         if self.kube_job["spec"].get("suspend"):
             return "queued"
-        is_running = any(attempt.phase == "Running" for attempt in self.pods) or self._status.get("ready")
+        # Between a pod's success and the Job's completion there is a moment.
+        is_running = any(attempt.phase in ("Running", "Succeeded") for attempt in self.pods) or self._status.get(
+            "ready"
+        )
         return "running" if is_running else "pending"
 
     @property

@@ -1,6 +1,5 @@
 """The verbs that ask a cluster, each as one call: ``launcher.commands`` prints what it gives."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +190,7 @@ def results_of(name: str, profile: str | None = None, say: Say = lambda line: No
     """
     from launcher.results import load
 
-    if any(mark in name for mark in ("/", "\\", "file:")) or Path(name).is_dir():
+    if not _is_file(name) and (any(mark in name for mark in ("/", "\\", "file:")) or Path(name).is_dir()):
         from job.store import open_store
 
         return Found(load(name), open_store(name))
@@ -219,10 +218,15 @@ def bundle(folder: Path, spec: "JobSpec", profile: str | None = None, rerender: 
 
 def _name(name: str) -> str:
     """The id of a run, from itself or from the file of its spec."""
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
+    if _is_file(name):
         from job.spec import read, run_id
 
         return run_id(read(Path(name)))
     if not name.strip():
         raise SpecInvalid("the name of a run is empty; tunejob list shows those that are there")
     return name
+
+
+def _is_file(name: str) -> bool:
+    """Whether a run is named by the file of its spec."""
+    return name.endswith((".yaml", ".yml"))

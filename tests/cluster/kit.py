@@ -94,6 +94,10 @@ class Kit:
             os.environ.clear()
             os.environ.update(before)
 
+    def environment(self, role: str = "submitter") -> dict[str, str]:
+        """The variables of one who has a role."""
+        return self._env(role, None, {})
+
     def _env(self, role: str, profile: Path | None, more: Mapping[str, str]) -> dict[str, str]:
         foreign = ("AWS_", "TUNEJOB_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

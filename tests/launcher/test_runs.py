@@ -50,6 +50,7 @@ def holds(kind: str, **more: str) -> dict[str, str]:
         ({"active": 1, "ready": 0}, [pod("p", 1, "Pending")], "pending"),
         ({"active": 1, "ready": 1}, [], "running"),
         ({"active": 1}, [pod("p", 1, "Running")], "running"),
+        ({"active": 0}, [pod("p", 1, "Succeeded", exitCode=0)], "running"),
         ({"conditions": [holds("Suspended"), holds("Complete")]}, [], "complete"),
         ({"conditions": [holds("Failed", reason="DeadlineExceeded"), holds("Suspended")]}, [], "failed"),
         ({"conditions": [{"type": "Failed", "status": "False"}], "ready": 1}, [], "running"),
