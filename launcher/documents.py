@@ -5,8 +5,9 @@ configs/config.schema.json     of the old flat config file
 configs/profile.schema.json    of a profile
 docs/spec.md                   every key of a spec
 docs/profile.md                every key of a profile
+docs/why.md                    every cause that `tunejob why` knows
 k8s/examples/                  what the specs in configs/ are on a cluster
-tables between markers in README.md, README.ja.md and docs/design.md
+tables between markers in README.md, README.ja.md, docs/design.md and docs/operations.md
 """
 
 import json
@@ -17,7 +18,8 @@ from typing import Any
 
 from job.exits import EXITS, JobReaction
 from job.spec import json_schema, read, reference
-from launcher import bundle, profile
+from launcher import bundle, profile, why
+from launcher.codes import MEANINGS
 from launcher.legacy import FLAT, FOUR_BIT
 from launcher.render import render
 
@@ -58,11 +60,13 @@ def made(root: Path) -> dict[Path, str]:
         root / "configs" / "profile.schema.json": _json(profile.json_schema()),
         root / "docs" / "spec.md": reference(),
         root / "docs" / "profile.md": profile.reference(),
+        root / "docs" / "why.md": why.reference(),
     }
     for name in EXAMPLES:
         files |= example(root, name)
-    for page in (root / "README.md", root / "README.ja.md", root / "docs" / "design.md"):
-        files[page] = with_tables(page.read_text(encoding="utf-8"), {"exit codes": exit_table()})
+    tables = {"exit codes": exit_table(), "launcher's exit codes": launcher_table()}
+    for page in ("README.md", "README.ja.md", "docs/design.md", "docs/operations.md"):
+        files[root / page] = with_tables((root / page).read_text(encoding="utf-8"), tables)
     return files
 
 
@@ -98,6 +102,12 @@ def exit_table() -> str:
         f"| {row.code} | {row.code.name} | {row.meaning} | {_REACTIONS[row.reaction]} |" for row in EXITS.values()
     ]
     return "\n".join(lines)
+
+
+def launcher_table() -> str:
+    """The launcher's exit codes as a Markdown table."""
+    rows = [f"| {int(code)} | {meaning} |" for code, meaning in MEANINGS.items()]
+    return "\n".join(["| code | meaning |", "|---|---|", *rows])
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:

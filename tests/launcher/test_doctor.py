@@ -138,12 +138,12 @@ def test_without_a_cluster_the_store_is_asked_all_the_same() -> None:
 
 
 def test_a_store_that_cannot_be_reached_from_here_is_no_failure() -> None:
-    def away() -> None:
+    def away() -> str:
         raise TemporaryFailure("no answer in 10 s")
 
     check = examine(ClusterUnreachable("away"), profile(), away)[-1]
     assert (check.state, check.code) == ("warn", Code.OK)
-    assert "http://store:8333: no answer in 10 s" in check.sentence
+    assert check.sentence == "no answer in 10 s"
     assert "client_endpoint" in check.remedy
 
 
