@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.codes import Code
+from tests.cluster.bucket import BUCKET
 from tests.cluster.kit import CREDENTIALS, ROLES, Kit, install, kubeconfig_of
 from tests.cluster.kubectl import Manifest, Said, wait_for
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.cluster
 SPEC = "roles"
 READING = ("list", "status", "logs", "wait", "why", "results")
 NO_IMAGE = "localhost/no-such-image:0"
+ABSENT = {"train": f"s3://{BUCKET}/data/absent.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,17 @@ def finished(kit: Kit) -> Path:
     waited = kit.cli("wait", str(spec))
     assert waited.code == Code.OK, waited.err
     return spec
+
+
+@pytest.fixture(scope="module")
+def files(kit: Kit, finished: Path) -> dict[str, str]:
+    """Specs by what became of their runs: DONE, FAILED, PENDING, and NEW, which nobody submitted."""
+    failed, pending, new = kit.spec("failed", data=ABSENT), kit.spec("pending"), kit.spec("never")
+    stuck = {"TUNEJOB_PROFILE": str(kit.profile_with("pending", image=NO_IMAGE))}
+    assert kit.cli("submit", str(failed), "-d").code == Code.OK
+    assert kit.cli("submit", str(pending), "-d", env=stuck).code == Code.OK
+    assert kit.cli("wait", str(failed)).code == Code.JOB_FAILED
+    return {"DONE": str(finished), "FAILED": str(failed), "PENDING": str(pending), "NEW": str(new)}
 
 
 def words_of(verb: str, spec: Path) -> list[str]:
@@ -50,7 +63,7 @@ def test_the_submitter_looks_at_the_cluster_before_it_submits(kit: Kit, finished
 
 
 def test_the_submitter_takes_a_run_through_its_life(kit: Kit) -> None:
-    spec = str(kit.spec("life", data={"train": "s3://training/data/absent.jsonl"}))
+    spec = str(kit.spec("life", data=ABSENT))
     assert kit.cli("submit", spec, "-d").code == Code.OK
     failed = kit.cli("wait", spec)
     assert failed.code == Code.JOB_FAILED, failed
@@ -89,7 +102,7 @@ class Lacking:
     verb: str
     resource: str
     words: tuple[str, ...]
-    """The command that needs it; SPEC is a finished run's, NEW one that nobody submitted."""
+    """The command that needs it, and one of ``files``."""
 
     def __str__(self) -> str:
         return f"{self.words[0]} without {self.verb} {self.resource}"
@@ -98,21 +111,20 @@ class Lacking:
 NEEDED = (
     Lacking("list", "jobs", ("list",)),
     Lacking("list", "cronjobs", ("list",)),
-    Lacking("list", "jobs", ("status", "SPEC")),
-    Lacking("list", "pods", ("status", "SPEC")),
-    Lacking("get", "pods/log", ("logs", "SPEC")),
-    Lacking("list", "pods", ("wait", "SPEC")),
-    Lacking("list", "jobs", ("why", "SPEC")),
-    Lacking("list", "jobs", ("results", "SPEC")),
+    Lacking("list", "jobs", ("status", "DONE")),
+    Lacking("list", "pods", ("status", "DONE")),
+    Lacking("get", "pods/log", ("logs", "DONE")),
+    Lacking("list", "pods", ("wait", "DONE")),
+    Lacking("list", "jobs", ("why", "DONE")),
+    Lacking("list", "jobs", ("results", "DONE")),
     Lacking("patch", "jobs", ("check", "NEW", "--cluster")),
     Lacking("get", "jobs", ("submit", "NEW")),
     Lacking("patch", "configmaps", ("submit", "NEW")),
     Lacking("create", "configmaps", ("submit", "NEW")),
     Lacking("patch", "jobs", ("submit", "NEW")),
     Lacking("create", "jobs", ("submit", "NEW")),
-    Lacking("list", "jobs", ("retry", "SPEC")),
-    Lacking("list", "jobs", ("cancel", "SPEC")),
-    Lacking("delete", "jobs", ("delete", "SPEC", "--yes")),
+    Lacking("list", "jobs", ("retry", "X")),
+    Lacking("delete", "jobs", ("delete", "DONE", "--yes")),
     Lacking("list", "configmaps", ("delete", "NEW", "--yes")),
 )
 
@@ -176,10 +188,9 @@ def account(kit: Kit) -> Iterator[Account]:
 
 @pytest.mark.parametrize("lacking", NEEDED, ids=str)
 def test_a_missing_permission_is_named_by_verb_and_resource(
-    kit: Kit, finished: Path, account: Account, lacking: Lacking
+    kit: Kit, files: dict[str, str], account: Account, lacking: Lacking
 ) -> None:
     account.lose(lacking.verb, lacking.resource)
-    files = {"SPEC": str(finished), "NEW": str(kit.spec("never"))}
     said = kit.cli(*(files.get(word, word) for word in lacking.words), env={"KUBECONFIG": str(account.kubeconfig)})
     assert said.code == Code.CLUSTER, said
     assert f"may not {lacking.verb} {lacking.resource}" in said.err, said.err
@@ -192,7 +203,7 @@ def left_by(kit: Kit, name: str) -> list[str]:
     return [one for one in names if one.partition("/")[2].startswith(f"{name}-")]
 
 
-@pytest.mark.parametrize("account", ["tunejob", *(f"tunejob-{role}" for role in ROLES)])
+@pytest.mark.parametrize("name", ["tunejob", *(f"tunejob-{role}" for role in ROLES)])
 def test_no_account_that_is_shipped_reads_secrets(kit: Kit, account: str) -> None:
     identity = f"--as=system:serviceaccount:{kit.namespace}:{account}"
     assert kit.kubectl.ask("get", "configmaps", identity).code == (account == "tunejob"), (
