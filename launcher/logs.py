@@ -133,6 +133,7 @@ def stream(
     number: int,
     is_over: Callable[[bool], bool],
     tail: int | None = None,
+    lost: Callable[[], None] = lambda: None,
     clock: Clock = time,
 ) -> Iterator[Line]:
     """Every line of a container's log once, until it has ended; a stream that breaks is taken up where it broke.
@@ -142,6 +143,7 @@ def stream(
         is_over: whether the container is known to write no more, or is gone; takes whether the stream before ended by
             itself, and may raise what ends the following.
         tail: begins with so many lines.
+        lost: called where lines may be missing: the kubelet rotated the log away while the connection was broken.
 
     Raises:
         ClusterUnreachable: the container has ended, and its log cannot be read to the end.
@@ -149,12 +151,13 @@ def stream(
     seen, is_clean, failures = Seen(), True, 0
     while True:
         is_last = is_over(is_clean)
-        if seen.is_used and not is_last:
-            clock.sleep(REOPEN_SECONDS)
         since = seen.begin_again()
         try:
             for raw in cluster.log(pod, follow=True, since_time=since, tail=None if since else tail, timestamps=True):
-                if (text := seen.new(raw)) is not None:
+                text = seen.new(raw)
+                if seen.has_gap:
+                    lost()
+                if text is not None:
                     yield Line(text, number, pod)
             is_clean = True
         except ClusterUnreachable:
@@ -164,21 +167,26 @@ def stream(
                 raise
         if is_last and is_clean:
             return
+        if not seen.has_news:  # else at once: what is rotated before it is read is lost
+            clock.sleep(REOPEN_SECONDS)
 
 
 class Seen:
     """Which lines of one container were seen, as far back as a broken stream is read again."""
 
     def __init__(self) -> None:
-        self.is_used = False
-        """Whether reading has begun."""
+        self.has_news = False
+        """Whether this reading brought a line that is new."""
+        self.has_gap = False
+        """Whether the line just taken is the first of a reading, and none that was expected once more."""
+        self._is_first = True
         self._recent: deque[tuple[float, str]] = deque()
         self._newest = 0.0
         self._again: Counter[str] = Counter()
 
     def begin_again(self) -> str:
         """From when on to read, empty for the beginning; the lines since then are expected once more."""
-        self.is_used = True
+        self.has_news, self.has_gap, self._is_first = False, False, True
         self._again = Counter(raw for _, raw in self._recent)
         if not self._newest:
             return ""
@@ -192,9 +200,13 @@ class Seen:
         stamped = _STAMPED.fullmatch(raw)
         if stamped is None:
             return None
-        if self._again[raw] > 0:
+        is_known = self._again[raw] > 0
+        # The server gives all since a full second: what was seen of it comes first, unless it is gone.
+        self.has_gap, self._is_first = self._is_first and bool(self._recent) and not is_known, False
+        if is_known:
             self._again[raw] -= 1
             return None
+        self.has_news = True
         moment = datetime.fromisoformat(stamped[1] + stamped[2]).timestamp()
         self._newest = max(self._newest, moment)
         self._recent.append((moment, raw))

@@ -137,7 +137,9 @@ def attended(
             shown.add(begun.pod)
             container = _Container(poll, begun, say)
             try:
-                yield from logs.stream(cluster, begun.pod, numbers[begun.pod], container.has_ended, tail, clock)
+                yield from logs.stream(
+                    cluster, begun.pod, numbers[begun.pod], container.has_ended, tail, container.lost, clock
+                )
             except ClusterUnreachable as error:
                 say(f"{begun.pod}: its log may end here too early ({error}); the store has it")
             poll.hasten()
@@ -184,6 +186,12 @@ class _Container:
             return True
         self._poll.look()
         return False
+
+    def lost(self) -> None:
+        """Says that lines may be missing."""
+        self._say(
+            f"{self._attempt.pod}: its log was rotated while the connection was broken; lines may be missing here"
+        )
 
 
 class _Start:
