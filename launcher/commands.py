@@ -211,7 +211,14 @@ def delete(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     """Whether everything a run needs is there."""
     checks = _door(arguments).doctor()
-    _print(arguments, [check.record() for check in checks])
+    if arguments.output == "table":
+        for check in checks:
+            print(
+                f"{check.state:4}  {check.name}: {check.sentence}"
+                + (f"\n      try: {check.remedy}" if check.remedy else "")
+            )
+    else:
+        _print(arguments, [check.record() for check in checks])
     return max((check.code for check in checks), default=Code.OK)
 
 

@@ -32,7 +32,7 @@ REOPEN_SECONDS = 1.0
 LAST_TRIES = 3
 """Times that the log of a container which has ended is asked for."""
 
-_STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ?(.*)", re.DOTALL)
+_STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ?(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _whole(cluster: Cluster, pod: str, number: int, tail: int | None) -> Iterato
     for raw in cluster.log(pod, tail=tail, timestamps=True):
         stamped = _STAMPED.fullmatch(raw)
         if stamped:  # else the kubelet's own word, for instance that the log is gone
-            yield Line(stamped[3], number, pod)
+            yield Line(stamped[4], number, pod)
 
 
 def stream(
@@ -148,7 +148,7 @@ def stream(
     Raises:
         ClusterUnreachable: the container has ended, and its log cannot be read to the end.
     """
-    seen, is_clean, failures = Seen(), True, 0
+    seen, is_clean, failures = Seen(is_tail=tail is not None), True, 0
     while True:
         is_last = is_over(is_clean)
         since = seen.begin_again()
@@ -174,7 +174,11 @@ def stream(
 class Seen:
     """Which lines of one container were seen, as far back as a broken stream is read again."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_tail: bool = False) -> None:
+        """
+        Args:
+            is_tail: the first reading begins in the middle; what is older than its first line is not wanted later.
+        """
         self.has_news = False
         """Whether this reading brought a line that is new."""
         self.has_gap = False
@@ -182,6 +186,7 @@ class Seen:
         self._is_first = True
         self._recent: deque[tuple[float, str]] = deque()
         self._newest = 0.0
+        self._oldest = (0.0, 0.0) if not is_tail else None
         self._again: Counter[str] = Counter()
 
     def begin_again(self) -> str:
@@ -197,8 +202,14 @@ class Seen:
 
         None for one that was, and for the kubelet's own words, which have no stamp.
         """
+        self.has_gap = False
         stamped = _STAMPED.fullmatch(raw)
         if stamped is None:
+            return None
+        moment = datetime.fromisoformat(stamped[1] + stamped[3]).timestamp()
+        exact = (moment, float(stamped[2] or 0))
+        self._oldest = exact if self._oldest is None else self._oldest
+        if exact < self._oldest:
             return None
         is_known = self._again[raw] > 0
         # The server gives all since a full second: what was seen of it comes first, unless it is gone.
@@ -206,13 +217,15 @@ class Seen:
         if is_known:
             self._again[raw] -= 1
             return None
+        self._note(moment, raw)
+        return stamped[4]
+
+    def _note(self, moment: float, raw: str) -> None:
         self.has_news = True
-        moment = datetime.fromisoformat(stamped[1] + stamped[2]).timestamp()
         self._newest = max(self._newest, moment)
         self._recent.append((moment, raw))
         while self._recent[0][0] < self._newest - OVERLAP_SECONDS:
             self._recent.popleft()
-        return stamped[3]
 
 
 def _stored(run: Run, tail: int | None, store: "Callable[[], Store] | None") -> Iterator[Line]:

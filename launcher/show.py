@@ -114,7 +114,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "pod": attempt.pod,
         "phase": attempt.phase,
         "code": attempt.code,
-        "reason": attempt.reason,
+        "reason": attempt.reason or str((attempt.state.get("waiting") or {}).get("reason") or ""),
         "node": attempt.node,
         "message": str(attempt.word.get("message") or ""),
     }

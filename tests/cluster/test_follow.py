@@ -87,6 +87,12 @@ class Followed:
         found = (re.match(r"\d+", line.text) for line in self.shown if line.attempt == attempt)
         return [int(number[0]) for number in found if number]
 
+    def is_whole(self, count: int, attempt: int = 1) -> bool:
+        """Whether an attempt's lines are there once, those of stdout and those of stderr in their order."""
+        found = self.numbers(attempt)
+        streams = [[number for number in found if number % 2 == rest] for rest in (0, 1)]
+        return streams == [list(range(2, count + 1, 2)), list(range(1, count + 1, 2))]
+
     def last(self, attempt: int = 1) -> str:
         """The last words of an attempt."""
         return next(line.text for line in reversed(self.shown) if line.attempt == attempt)
@@ -202,31 +208,31 @@ def the_pod(kit: Kit, job: str) -> Manifest:
 
 
 def test_a_pod_deleted_meanwhile_is_followed_by_its_successor_and_no_line_is_lost_or_repeated(kit: Kit) -> None:
-    job = counting(kit, "count-replaced", 250, 0.1)
+    job = counting(kit, "count-replaced", 150, 0.1)
     with following(kit, job) as found:
-        wait_for(lambda: len(found.numbers()) > 50, "lines", lambda: str(found))
+        wait_for(lambda: len(found.numbers()) > 30, "lines", lambda: str(found))
         kit.kubectl("delete", "pod", the_pod(kit, job)["metadata"]["name"], "--wait=false")
     assert found.run is not None, found
     assert found.run.state == "complete"
     count = int(found.last(1).removeprefix("leaving after "))
-    assert found.numbers(1) == list(range(1, count + 1))
-    assert found.numbers(2) == list(range(1, 251))
-    assert found.last(2) == "done after 250"
+    assert found.is_whole(count), found
+    assert found.is_whole(150, 2), found
+    assert found.last(2) == "done after 150"
 
 
 def test_a_connection_that_is_cut_again_and_again_loses_and_repeats_no_line(kit: Kit, wire: Wire) -> None:
-    job = counting(kit, "count-cut", 600, 0.05)
+    job = counting(kit, "count-cut", 400, 0.05)
     with following(kit, job, wire.address) as found:
-        for seen in (1, 60, 120, 130, 140, 300, 550):
+        for seen in (1, 60, 120, 130, 140, 250, 360):
             wait_for(lambda seen=seen: len(found.numbers()) >= seen or found.error, f"line {seen}", lambda: str(found))
             wire.cut()
     assert found.run is not None, found
-    assert found.numbers() == list(range(1, 601))
-    assert found.last() == "done after 600"
+    assert found.is_whole(400), found
+    assert found.last() == "done after 400"
 
 
 def test_an_api_server_that_is_away_for_a_while_loses_no_line_and_is_said_once(kit: Kit, wire: Wire) -> None:
-    job = counting(kit, "count-away", 500, 0.1)
+    job = counting(kit, "count-away", 250, 0.1)
     with following(kit, job, wire.address) as found:
         wait_for(lambda: len(found.numbers()) >= 20, "lines", lambda: str(found))
         wire.is_down = True
@@ -236,17 +242,20 @@ def test_an_api_server_that_is_away_for_a_while_loses_no_line_and_is_said_once(k
         )
         wire.is_down = False
     assert found.run is not None, found
-    assert found.numbers() == list(range(1, 501))
+    assert found.is_whole(250), found
     assert len([line for line in found.said if "does not answer" in line]) == 1
     assert "the cluster answers again" in found.said
 
 
-def test_a_log_that_is_rotated_meanwhile_is_read_on(kit: Kit) -> None:
-    job = counting(kit, "count-much", 3000, 0.003, width=400)
-    with following(kit, job) as found:
-        pass
+def test_a_log_that_is_rotated_meanwhile_is_read_on_over_a_cut_too(kit: Kit, wire: Wire) -> None:
+    job = counting(kit, "count-much", 2500, 0.004, width=400)
+    with following(kit, job, wire.address) as found:
+        for seen in (900, 1800):
+            wait_for(lambda seen=seen: len(found.numbers()) >= seen or found.error, f"line {seen}", lambda: str(found))
+            wire.cut()
     assert found.run is not None, found
-    assert found.numbers() == list(range(1, 3001))
+    assert not any("missing" in line for line in found.said), found.said
+    assert found.is_whole(2500), found
 
 
 def test_a_run_deleted_while_it_is_followed_ends_it_with_one_sentence(kit: Kit) -> None:
@@ -267,6 +276,15 @@ def test_a_wait_that_is_too_short_leaves_with_3_and_the_run_goes_on(kit: Kit) ->
     assert "it goes on" in said.err
     assert kit.kubectl.get("job", job)["status"].get("active") == 1
     kit.kubectl("delete", "job", job, "--cascade=foreground")
+
+
+def test_a_run_whose_image_is_missing_is_stuck_and_not_waited_for(kit: Kit) -> None:
+    profile = kit.profile_with("no-image", image="localhost/no-such-image:0")
+    run = kit.cli("submit", str(kit.spec("imageless")), "-d", profile=profile).out.strip()
+    said = kit.cli("wait", run)
+    assert (said.code, said.err.count("\n")) == (Code.STUCK, 1), said
+    assert "localhost/no-such-image:0" in said.err
+    kit.cli("cancel", run)
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,9 @@ def test_every_role_reads_runs(kit: Kit, finished: Path, verb: str, role: str) -
     assert said.out.strip() or verb == "wait"
 
 
-@pytest.mark.parametrize("words", [["doctor"], ["check", "SPEC", "--cluster"], ["render", "SPEC"]], ids=lambda w: w[0])
+@pytest.mark.parametrize("words", [["doctor"], ["check", "DONE", "--cluster"], ["render", "DONE"]], ids=lambda w: w[0])
 def test_the_submitter_looks_at_the_cluster_before_it_submits(kit: Kit, finished: Path, words: list[str]) -> None:
-    said = kit.cli(*(str(finished) if word == "SPEC" else word for word in words))
+    said = kit.cli(*(str(finished) if word == "DONE" else word for word in words))
     assert said.code == Code.OK, said
 
 
@@ -123,7 +123,11 @@ NEEDED = (
     Lacking("create", "configmaps", ("submit", "NEW")),
     Lacking("patch", "jobs", ("submit", "NEW")),
     Lacking("create", "jobs", ("submit", "NEW")),
-    Lacking("list", "jobs", ("retry", "X")),
+    Lacking("list", "jobs", ("retry", "FAILED")),
+    Lacking("create", "jobs", ("retry", "FAILED")),
+    Lacking("get", "configmaps", ("retry", "FAILED")),
+    Lacking("list", "jobs", ("cancel", "PENDING")),
+    Lacking("delete", "jobs", ("cancel", "PENDING")),
     Lacking("delete", "jobs", ("delete", "DONE", "--yes")),
     Lacking("list", "configmaps", ("delete", "NEW", "--yes")),
 )
@@ -204,11 +208,9 @@ def left_by(kit: Kit, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["tunejob", *(f"tunejob-{role}" for role in ROLES)])
-def test_no_account_that_is_shipped_reads_secrets(kit: Kit, account: str) -> None:
-    identity = f"--as=system:serviceaccount:{kit.namespace}:{account}"
-    assert kit.kubectl.ask("get", "configmaps", identity).code == (account == "tunejob"), (
-        "the question proves something"
-    )
+def test_no_account_that_is_shipped_reads_secrets(kit: Kit, name: str) -> None:
+    identity = f"--as=system:serviceaccount:{kit.namespace}:{name}"
+    assert kit.kubectl.ask("get", "configmaps", identity).code == (name == "tunejob"), "the question proves something"
     for verb in (["get", "secrets"], ["get", "secret", CREDENTIALS], ["get", "secrets", "--all-namespaces"]):
         said: Said = kit.kubectl.ask(*verb, identity)
         assert said.code != 0

@@ -57,6 +57,24 @@ def test_a_line_that_was_stamped_before_the_last_one_seen_is_not_lost() -> None:
     assert seen.new(f"{stamp(5.9)} stdout") is None
 
 
+def test_a_log_that_was_rotated_while_its_stream_was_broken_shows_in_its_first_line() -> None:
+    seen = Seen()
+    for number, gaps in ((1, [False, False]), (1, [False, False]), (7, [True, False])):
+        seen.begin_again()
+        found = []
+        for line in (number, number + 1):
+            seen.new(f"{stamp(number)} line {line}")
+            found.append(seen.has_gap)
+        assert found == gaps
+
+
+def test_a_tail_that_breaks_does_not_bring_what_was_before_it() -> None:
+    log = [(0.1, "one"), (0.2, "two"), (0.3, "three"), (1.0, BREAKS), (2.0, "four")]
+    story = Story({0: (kube_job(), [pod("p-1")])}, logs={"p-1": log}, now=0.5)
+    lines = logs.stream(story, "p-1", 1, lambda _: story.now >= 6, tail=1, clock=story)  # type: ignore[arg-type]
+    assert [line.text for line in lines] == ["three", "four"]
+
+
 def test_what_the_kubelet_says_itself_is_no_line_of_the_log() -> None:
     assert Seen().new("unable to retrieve container logs for containerd://0123") is None
 
