@@ -65,7 +65,7 @@ test-image: $(READY)  ## the tests of the image that `make image` built, and of 
 	TUNEJOB_TEST_IMAGE=$(IMAGE) TUNEJOB_TEST_WHEELS='$(WHEELS)' $(TEST) -m image tests/image
 
 test-cluster: $(READY) models/SmolLM2-135M-Instruct  ## the tests on a real cluster that CI runs (CONTRIBUTING.md)
-	$(TEST) -m 'cluster and not full'
+	$(TEST) -n 2 --dist loadfile -m 'cluster and not full' --durations=15
 
 test-cluster-full: $(READY) models/SmolLM2-135M-Instruct  ## all of them, with faults that take minutes
 	$(TEST) -m cluster

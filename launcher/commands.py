@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,15 +175,17 @@ def results(arguments: argparse.Namespace) -> int:
     found = results_of(arguments.run, arguments.profile, say)
     if arguments.verify or arguments.download:
         say(found.verified())
+    left = found.results
     if arguments.download:
         for path in found.download(Path(arguments.download), arguments.all):
             say(str(path))
+        left = replace(left, uri=arguments.download)
     if arguments.output == "table":
         from launcher.summary import summary
 
-        print(summary(found.results))
+        print(summary(left))
     else:
-        _print(arguments, dict(found.results.record))
+        _print(arguments, dict(left.record))
     return Code.OK
 
 

@@ -214,9 +214,8 @@ def pods_of(cluster: Cluster, job: str) -> list[Manifest]:
 
 def jobs_of(cluster: Cluster, run_id: str) -> list[Run]:
     """Every Job of a run, without pods, oldest first."""
-    # A fire's id is not on its label: it is made of the Job's name.
-    found = cluster.list(JOBS, f"{RUN}={run_id}") or [one for one in cluster.list(JOBS, RUN) if run_of(one) == run_id]
-    return [Run(one) for one in sorted(found, key=_age)]
+    labelled = cluster.list(JOBS, f"{RUN}={run_id}") or cluster.list(JOBS, RUN)
+    return [Run(one) for one in sorted(labelled, key=_age) if run_of(one) == run_id]
 
 
 def listed(cluster: Cluster) -> list[Run]:
@@ -261,7 +260,9 @@ def require_namespace(cluster: Cluster) -> None:
 
 
 def _found(cluster: Cluster, name: str) -> Manifest:
-    if exact := cluster.list(JOBS, f"{RUN}={name}") if len(name) < 64 else []:
+    # A fire has the label of its schedule, and an id of its own.
+    labelled = cluster.list(JOBS, f"{RUN}={name}") if len(name) < 64 else []
+    if exact := [one for one in labelled if run_of(one) == name]:
         return max(exact, key=_age)
     known = listed(cluster)
     fitting = {run.id: run for run in reversed(known) if name in (run.id, run.job)} or {

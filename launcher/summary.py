@@ -52,6 +52,11 @@ def summary(results: Results) -> str:
             *(line for title, text in facts.items() if text for line in wrapped(title, text)),
             f"{'adapter':<15} {local_name(results.uri)}",
             "",
+            *(
+                [f"To fetch it:  tunejob results {results.name} --download {folder(results)}"]
+                if is_remote(results)
+                else []
+            ),
             "To load it:",
             "",
             textwrap.indent(loading(results), "    "),
@@ -129,7 +134,17 @@ def verified(results: Results) -> str:
 def loading(results: Results) -> str:
     """Python that loads base and adapter."""
     template = _LOAD_4BIT if results["method"] == "qlora" else _LOAD
-    return template.format(model=str(results["model"] or "BASE MODEL"), folder=local_name(results.uri))
+    return template.format(model=str(results["model"] or "BASE MODEL"), folder=folder(results))
+
+
+def is_remote(results: Results) -> bool:
+    """Whether the run's folder is in a store that Python cannot open by itself."""
+    return "://" in local_name(results.uri)
+
+
+def folder(results: Results) -> str:
+    """Where the adapter is on this machine, or may be fetched to."""
+    return results.name if is_remote(results) else local_name(results.uri)
 
 
 def local_name(uri: str) -> str:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +122,18 @@ LONG = {
 def straight(lab: Lab) -> Ended:
     """A run that nothing disturbs; those that are disturbed must end like it."""
     return lab.job(tiny_spec("long", **LONG)).run().completed()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands what a worker of xdist measured to the process that prints it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a worker measured."""
+    FIGURES.extend(getattr(node, "workeroutput", {}).get("figures", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

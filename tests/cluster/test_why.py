@@ -19,7 +19,7 @@ Change = Callable[[Manifest], None]
 
 
 def applied(kit: Kit, spec: Path, change: Change = lambda kube_job: None) -> str:
-    """Applies what is rendered for a spec, the Job changed by hand, as one does who does not ask first; the Job's name."""
+    """Applies what is rendered for a spec, the Job changed by hand, as if nobody had asked before; the Job's name."""
     rendered = list(yaml.safe_load_all(kit.cli("render", str(spec)).out))
     kube_job = next(one for one in rendered if one["kind"] == "Job")
     change(kube_job)
