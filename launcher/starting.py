@@ -136,7 +136,8 @@ def _secret(evidence: Evidence) -> Found | None:
             return Found(
                 f"there is no Secret {match['name']} in namespace {namespace}",
                 f"kubectl -n {namespace} create secret generic {match['name']} --from-file=credentials=FILE (of the "
-                "hub: --from-file=token=FILE), or mend store.secret, hub.secret in the profile; the pod then starts",
+                "hub: --from-file=token=FILE), or mend store.secret, hub.secret in the profile; its pod starts "
+                "within two minutes of that",
                 (line,),
             )
     return None
@@ -151,7 +152,7 @@ def _config_map(evidence: Evidence) -> Found | None:
                 f"tunejob cancel {evidence.run.id}, and submit the spec again"
                 if is_spec
                 else f"kubectl -n {namespace} create configmap {name} --from-file=ca.crt=FILE, or mend "
-                "store.ca_config_map in the profile; the pod then starts"
+                "store.ca_config_map in the profile; its pod starts within two minutes of that"
             )
             what = "with its spec " if is_spec else ""
             return Found(f"there is no ConfigMap {name} {what}in namespace {namespace}", remedy, (line,))
