@@ -48,8 +48,10 @@ def submit(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say, re
         RunFailed: the same Job is there, and failed.
     """
     existing = _existing(cluster, spec, rendered, say)
+    heard = len(cluster.warnings)
     if existing is None:
         _look(cluster, rendered, say)
+        heard = len(cluster.warnings)  # what a dry run is warned of is told already
         _make_room(cluster, rendered, say, replace)
         _tell_of_namesakes(cluster, spec, rendered, say)
         existing, is_new = _create(cluster, rendered), True
@@ -58,8 +60,7 @@ def submit(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say, re
     if not existing.has_ended:
         _own(cluster, rendered.config_map, existing)
         _await_first_pod(cluster, existing)
-    heard = set(cluster.warnings)
-    for text in sorted(heard):
+    for text in cluster.warnings[heard:]:
         say(f"the cluster warns: {text}")
     return Submitted(runs.refreshed(cluster, existing) or existing, is_new)
 

@@ -82,8 +82,8 @@ def test_a_secret_that_is_missing_is_named_and_the_run_goes_on_once_it_is_made(k
     file = kit.folder / "credentials"
     file.write_text(kit.bucket.trainer.file, encoding="utf-8")
     kit.kubectl("create", "secret", "generic", "made-later", f"--from-file=credentials={file}")
-    done = kit.cli("wait", run)
-    assert done.code == Code.OK, done
+    # The kubelet looks again after up to two minutes, and has nothing new to say before.
+    wait_for(lambda: kit.cli("wait", run).code == Code.OK, f"end of {run}", lambda: str(causes(kit, run)))
     assert causes(kit, run)[0]["cause"] == "complete"
 
 

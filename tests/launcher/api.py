@@ -76,7 +76,7 @@ def served(folder: Path, answers: Mapping[str, Answer | list[Answer]]) -> Iterat
             """Silent."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     file = folder / "kubeconfig"
     file.write_text(kubeconfig(f"http://127.0.0.1:{server.server_port}"), encoding="utf-8")
     try:
