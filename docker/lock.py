@@ -10,11 +10,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {"cpu": "+cpu", "cuda": ""}
 """Lock -> local part of the version of its torch."""
+LEFT_OUT = ("kubernetes",)
+"""What only the launcher needs: a run asks the API server for nothing."""
 HEADER = """\
 # Made by `make lock` from pyproject.toml and docker/constraints.txt; installed with --require-hashes.
 """
@@ -26,6 +29,14 @@ def path(variant: str) -> Path:
     return ROOT / "docker" / f"requirements-{variant}.txt"
 
 
+def wanted() -> list[str]:
+    """The requirements of the container, as pyproject.toml has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    everything: list[str] = [*project["dependencies"], *extras["job"], *extras["s3"]]
+    return [one for one in everything if not one.startswith(LEFT_OUT)]
+
+
 def hashes(text: str) -> dict[str, set[str]]:
     """Name==version -> the hashes of its files, as a lock has them."""
     return {pin: set(re.findall(r"sha256:[0-9a-f]{64}", files)) for pin, files in _PACKAGE.findall(text)}
@@ -35,12 +46,13 @@ def lock(variant: str, find_links: str) -> str:
     """The text of one lock. Raises CalledProcessError where it cannot be resolved; uv has said why on stderr."""
     constraints = (ROOT / "docker" / "constraints.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        pins, kept = Path(folder, "constraints.txt"), Path(folder, "lock.txt")
+        asked, pins, kept = Path(folder, "asked.txt"), Path(folder, "constraints.txt"), Path(folder, "lock.txt")
+        asked.write_text("\n".join(wanted()), encoding="utf-8")
         pins.write_text(re.sub(r"(?m)^(torch==.*)$", rf"\1{LOCKS[variant]}", constraints), encoding="utf-8")
         if path(variant).exists():
             # Without the hashes, which uv would take over unseen.
             kept.write_text("\n".join(hashes(path(variant).read_text(encoding="utf-8"))), encoding="utf-8")
-        command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "job", "--extra", "s3"]
+        command = [sys.executable, "-m", "uv", "pip", "compile", str(asked)]
         command += ["--constraints", str(pins), "--output-file", str(kept), "--generate-hashes", "--no-annotate"]
         command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--quiet"]
         command += ["--no-header", "--no-emit-index-url", "--no-emit-find-links"]

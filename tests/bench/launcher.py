@@ -1,10 +1,11 @@
 """How long the launcher's commands take, as ratios to what their interpreter and client library take by themselves:
 `make bench-launcher`. Leaves with 1 if a target is missed.
 
-Whole processes are measured, every case once per round and the rounds one after the other, so that a busy machine slows
-them all; what is compared are medians. The API server is a stub out of memory that holds 1,000 Jobs. It answers in
-0.1 ms and without TLS, which flatters whatever asks often. So with TUNEJOB_TEST_KUBECONFIG what only reads is measured on
-that cluster too, where 1,000 suspended Jobs are made in a namespace of its own.
+Whole processes are measured, every case once per round, and round after round, so that a busy machine slows
+them all; what is compared are medians. The API server is a stub out of memory that holds 1,000 Jobs.
+
+The stub answers in 0.1 ms and without TLS, which flatters what asks often. So with TUNEJOB_TEST_KUBECONFIG what only
+only reads is measured on that cluster too, where 1,000 suspended Jobs are made in a namespace of its own.
 """
 
 import argparse

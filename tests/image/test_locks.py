@@ -57,6 +57,9 @@ def test_everything_the_container_needs_is_locked_in_a_version_that_the_project_
     extras = project["optional-dependencies"]
     locked = pins(text(variant))
     for wanted in map(Requirement, project["dependencies"] + extras["job"] + extras["s3"]):
+        if wanted.name == "kubernetes":  # the launcher's: a run asks the API server for nothing
+            assert "kubernetes" not in locked
+            continue
         assert wanted.specifier.contains(locked.get(canonicalize_name(wanted.name), "0")), str(wanted)
 
 
