@@ -9,42 +9,19 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from job import strict_yaml
 from job.spec_draft import Draft, checked, content
 from job.spec_problems import SPEC_WORDS, shown
-from job.spec_problems import Words as Words
 from job.spec_reference import markdown
-from job.spec_values import (
-    require_bytes,
-    require_cron,
-    require_label_name,
-    require_name,
-    require_quantity,
-    require_zone,
-)
+from job.spec_section import Bytes, LabelName, Quantity, Section
+from job.spec_values import require_cron, require_zone
 
 SPEC_VERSION: Final = 1
-
-
-class Section(BaseModel):
-    """One block of the spec: unknown keys refused, values never change after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        populate_by_name=True,
-        allow_inf_nan=False,
-    )
-
-
-S = TypeVar("S", bound=Section)
 
 
 def _from_text(value: object) -> object:
@@ -61,17 +38,6 @@ def _sources(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], Strict(False)]
 """A list of names; not strict, because YAML has lists where a frozen spec has tuples."""
-
-
-# Types only and no patterns: what they refuse is said in the user's words, not in pydantic's.
-Quantity = Annotated[str, AfterValidator(require_quantity)]
-"""A Kubernetes quantity."""
-Bytes = Annotated[str, AfterValidator(require_bytes)]
-"""A Kubernetes quantity that counts bytes."""
-ObjectName = Annotated[str, AfterValidator(require_name)]
-"""Name of a Kubernetes object."""
-LabelName = Annotated[str, AfterValidator(require_label_name)]
-"""Name of a Kubernetes object that is also the value of a label."""
 
 
 class Model(Section):
@@ -446,20 +412,6 @@ def differences(here: JobSpec, there: JobSpec) -> list[str]:
     ]
 
 
-def read_section(root: type[S], path: Path, words: Words, hint: str, overrides: Sequence[str] = ()) -> S:
-    """Another kind of file, held to the same rules as a spec: closed, every problem at once, no secrets.
-
-    Args:
-        words: what is said of keys that people try.
-        hint: what to try where there is no such file.
-
-    Raises:
-        SpecInvalid: the file cannot be read, or every problem in it.
-    """
-    written = content(path, root.__name__.lower(), hint)
-    return checked(root, Draft.parsed(written, str(path), overrides, lambda _, value: value), words)
-
-
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a spec as people write it, short forms included; for editors."""
     schema = JobSpec.model_json_schema(by_alias=True)
@@ -469,11 +421,6 @@ def json_schema() -> dict[str, Any]:
 def reference() -> str:
     """The manual page of the spec, in Markdown: path, type, default and meaning of every key."""
     return markdown(JobSpec)
-
-
-def reference_of(root: type[Section], head: str) -> str:
-    """The manual page of another kind of file; ``head`` stands above its tables."""
-    return markdown(root, head)
 
 
 def _record(spec: JobSpec) -> dict[str, Any]:

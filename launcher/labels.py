@@ -12,6 +12,8 @@ FIELD_MANAGER = "tunejob"
 
 RUN = "tunejob.dev/run"
 """Label: the run's id. Whatever carries it belongs to a run."""
+NAME = "tunejob.dev/name"
+"""Label: the spec's name, which runs of several specs may share."""
 PER_FIRE = "tunejob.dev/per-fire"
 """Label, ``true`` on what a CronJob makes: each Job is a run of its own, by ``fire_id``."""
 OUTPUT = "tunejob.dev/output"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Field
 
 from job.errors import SpecInvalid
-from job.spec import Bytes, LabelName, ObjectName, Section, Words, read_section, reference_of
+from job.spec_section import Bytes, LabelName, ObjectName, Section, Words, read_section, reference_of
 from launcher.profile_values import (
     SECRET,
     require_endpoint,

@@ -14,7 +14,7 @@ from job.errors import SpecInvalid
 from job.exits import pod_failure_policy
 from job.spec import JobSpec, digest, dump, run_id
 from job.strict_yaml import dump_document
-from launcher.labels import OUTPUT, PER_FIRE, QUEUE, RUN, SPEC_DIGEST, Manifest
+from launcher.labels import NAME, OUTPUT, PER_FIRE, QUEUE, RUN, SPEC_DIGEST, Manifest
 from launcher.pod import SPEC_FILE, queue_of, template
 from launcher.profile import GpuType, Profile
 
@@ -67,7 +67,7 @@ def render(spec: JobSpec, profile: Profile) -> Rendered:
         raise SpecInvalid("\n".join(problems))
     run = run_id(spec)
     config_map = _config_map(spec, profile, run)
-    labels = _labels(run, profile) | ({PER_FIRE: "true"} if spec.scheduling.cron else {})
+    labels = _labels(run, spec, profile) | ({PER_FIRE: "true"} if spec.scheduling.cron else {})
     pod = template(spec, profile, gpu, labels, config_map["metadata"]["name"])
     kube_job = {
         "backoffLimit": BACKOFF_LIMIT,
@@ -108,7 +108,7 @@ def _config_map(spec: JobSpec, profile: Profile, run: str) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(name, profile, _labels(run, profile), KEPT),
+        "metadata": _metadata(name, profile, _labels(run, spec, profile), KEPT),
         "immutable": True,
         "data": data,
     }
@@ -148,7 +148,7 @@ def _metadata(name: str, profile: Profile, labels: Mapping[str, str], annotation
     return {"name": name, **where, "labels": dict(labels), "annotations": dict(annotations)}
 
 
-def _labels(run: str, profile: Profile) -> dict[str, str]:
+def _labels(run: str, spec: JobSpec, profile: Profile) -> dict[str, str]:
     return {
         **profile.labels,
         "app.kubernetes.io/name": "tunejob",
@@ -157,6 +157,7 @@ def _labels(run: str, profile: Profile) -> dict[str, str]:
         "app.kubernetes.io/part-of": "tunejob",
         "app.kubernetes.io/managed-by": "tunejob",
         RUN: run,
+        NAME: spec.name.rstrip("-"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from launcher.codes import NotAllowed, NotFound
 from launcher.labels import JOB_NAME, OUTPUT, QUEUE, RUN, SPEC_DIGEST, Manifest, run_of
 
 State = Literal["scheduled", "queued", "pending", "running", "complete", "failed", "deleting"]
+_FIRE = re.compile(r"(?P<schedule>.+-[0-9a-f]{8})-[0-9a-f]{8}")
 ENDED: tuple[State, ...] = ("complete", "failed")
 
 
@@ -214,7 +216,9 @@ def pods_of(cluster: Cluster, job: str) -> list[Manifest]:
 
 def jobs_of(cluster: Cluster, run_id: str) -> list[Run]:
     """Every Job of a run, without pods, oldest first."""
-    labelled = cluster.list(JOBS, f"{RUN}={run_id}") or cluster.list(JOBS, RUN)
+    labelled = cluster.list(JOBS, f"{RUN}={run_id}")
+    if not labelled and (fire := _FIRE.fullmatch(run_id)):  # it has the label of its schedule
+        labelled = cluster.list(JOBS, f"{RUN}={fire['schedule']}")
     return [Run(one) for one in sorted(labelled, key=_age) if run_of(one) == run_id]
 
 

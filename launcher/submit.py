@@ -11,7 +11,7 @@ from job.spec import differences, parse
 from launcher import runs
 from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS, Cluster
 from launcher.codes import LauncherError, NotFound, Refused, RunFailed, TimedOut
-from launcher.labels import RUN, SPEC_DIGEST, Manifest
+from launcher.labels import NAME, SPEC_DIGEST, Manifest
 from launcher.runs import Run
 
 if TYPE_CHECKING:
@@ -140,11 +140,9 @@ def _make_room(cluster: Cluster, rendered: "Rendered", say: Say, replace: bool) 
 
 def _tell_of_namesakes(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say) -> None:
     """A run of the same name that trains something else is no obstacle; the user should know of it."""
-    mine = f"{spec.name}-"
-    for kube_job in cluster.list(JOBS, RUN):
+    for kube_job in cluster.list(JOBS, f"{NAME}={spec.name.rstrip('-')}"):
         other = Run(kube_job)
-        is_namesake = other.id.startswith(mine) and len(other.id) == len(rendered.run) and other.id != rendered.run
-        if is_namesake and not other.has_ended:
+        if other.id != rendered.run and not other.has_ended:
             say(f"{other.id} of the same name is active and trains something else:")
             for line in _compared(cluster, spec, other):
                 say(line)
