@@ -4,7 +4,7 @@
 Whole processes are measured, every case once per round, and round after round, so that a busy machine slows
 them all; what is compared are medians. The API server is a stub out of memory that holds 1,000 Jobs.
 
-The stub answers in 0.1 ms and without TLS, which flatters what asks often. So with TUNEJOB_TEST_KUBECONFIG what only
+The stub answers in 0.1 ms and without TLS, which flatters what asks often. So with TUNEJOB_TEST_KUBECONFIG what
 only reads is measured on that cluster too, where 1,000 suspended Jobs are made in a namespace of its own.
 """
 
