@@ -231,6 +231,7 @@ def test_a_connection_that_is_cut_again_and_again_loses_and_repeats_no_line(kit:
     assert found.last() == "done after 400"
 
 
+@pytest.mark.full
 def test_an_api_server_that_is_away_for_a_while_loses_no_line_and_is_said_once(kit: Kit, wire: Wire) -> None:
     job = counting(kit, "count-away", 250, 0.1)
     with following(kit, job, wire.address) as found:
@@ -278,6 +279,7 @@ def test_a_wait_that_is_too_short_leaves_with_3_and_the_run_goes_on(kit: Kit) ->
     kit.kubectl("delete", "job", job, "--cascade=foreground")
 
 
+@pytest.mark.full
 def test_a_run_whose_image_is_missing_is_stuck_and_not_waited_for(kit: Kit) -> None:
     profile = kit.profile_with("no-image", image="localhost/no-such-image:0")
     run = kit.cli("submit", str(kit.spec("imageless")), "-d", profile=profile).out.strip()

@@ -64,7 +64,7 @@ class Terminal:
 
 
 def test_a_run_is_followed_left_with_ctrl_c_and_found_again_to_its_end(kit: Kit) -> None:
-    spec = kit.spec("watched", training={"max_steps": 60, "batch_size": 4, "max_length": 64, "logging_steps": 1})
+    spec = kit.spec("watched", training={"max_steps": 500, "batch_size": 4, "max_length": 64, "logging_steps": 1})
     first = Terminal(kit, "submit", str(spec))
     first.read("train ")
     first.interrupt()

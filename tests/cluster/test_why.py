@@ -73,6 +73,7 @@ def test_an_image_that_cannot_be_pulled_ends_the_waiting(kit: Kit) -> None:
     kit.cli("cancel", run)
 
 
+@pytest.mark.full
 def test_a_secret_that_is_missing_is_named_and_the_run_goes_on_once_it_is_made(kit: Kit) -> None:
     profile = kit.profile_with("no-secret", store={"secret": "made-later"})
     run = kit.cli("submit", str(kit.spec("no-secret")), "-d", profile=profile).out.strip()
@@ -139,6 +140,7 @@ def test_gpus_that_no_node_has_are_told_and_waited_for(kit: Kit) -> None:
     kit.cli("cancel", run)
 
 
+@pytest.mark.full
 def test_memory_that_is_used_up_is_told_with_its_limit_while_the_run_goes_on(kit: Kit) -> None:
     # Less than the interpreter and its libraries take.
     run = kit.cli("submit", str(kit.spec("no-memory", resources={"memory": "48Mi"})), "-d").out.strip()
