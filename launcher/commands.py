@@ -66,12 +66,12 @@ def _submitted(arguments: argparse.Namespace, door: "Door", submitted: "Submitte
     return Code.OK
 
 
-def _followed(door: "Door", run: "Run") -> int:
+def _followed(door: "Door", run: "Run", tail: int | None = None) -> int:
     """Shows a run to its end, and what came of it."""
     from launcher.watch import follow
 
     try:
-        return _ended(door, follow(door.cluster, run, say, _show, door.causes))
+        return _ended(door, follow(door.cluster, run, say, _show, door.causes, tail=tail))
     except KeyboardInterrupt:
         again = _again("logs", "-f", run.id)
         raise Detached(
@@ -140,7 +140,7 @@ def logs(arguments: argparse.Namespace) -> int:
         for line in door.logs(arguments.run, tail=arguments.tail):
             print(line.text)
         return Code.OK
-    return _followed(door, door.find(arguments.run))
+    return _followed(door, door.find(arguments.run), arguments.tail)
 
 
 def wait(arguments: argparse.Namespace) -> int:

@@ -81,6 +81,7 @@ def follow(
     show: Callable[[Line], None],
     causes: Causes | None = None,
     problem: Problem | None = None,
+    tail: int | None = None,
     clock: Clock = time,
 ) -> Run:
     """The run when it has ended; until then its stages are said and the lines of its log shown, each once.
@@ -89,11 +90,12 @@ def follow(
         say: takes a line for the user about the run.
         show: takes a line of its log.
         causes: why it waits; without it only that it waits is said.
+        tail: begins with so many lines of each attempt.
 
     Raises:
         LauncherError: as ``wait`` does.
     """
-    lines = attended(cluster, run, say, causes=causes, problem=problem, clock=clock)
+    lines = attended(cluster, run, say, tail, causes=causes, problem=problem, clock=clock)
     is_silent = True
     while True:
         try:
