@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from job.device import DTYPES, Placement
 from job.errors import IntegrityFailure, SpecInvalid
-from job.layout import ADAPTER_SAFETENSORS, QUANTIZATION_CONFIG
+from job.layout import QUANTIZATION_CONFIG
 from job.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -206,8 +206,3 @@ def save_quantization(model: Any, folder: Path) -> None:
     """Writes how the base was quantised, for ``BitsAndBytesConfig.from_dict``."""
     config: BitsAndBytesConfig = model.config.quantization_config
     (folder / QUANTIZATION_CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def adapter_files(folder: Path) -> str:
-    """`safetensors` or `bin`: the weights PEFT will read from a folder."""
-    return "safetensors" if (folder / ADAPTER_SAFETENSORS).exists() else "bin"

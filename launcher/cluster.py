@@ -59,8 +59,6 @@ NODES = Kind("Node", "v1", "nodes", is_namespaced=False)
 LOCAL_QUEUES = Kind("LocalQueue", "kueue.x-k8s.io/v1beta1", "localqueues")
 WORKLOADS = Kind("Workload", "kueue.x-k8s.io/v1beta1", "workloads")
 _ACCESS = Kind("SelfSubjectAccessReview", "authorization.k8s.io/v1", "selfsubjectaccessreviews", is_namespaced=False)
-KINDS = {kind.name: kind for kind in (JOBS, CRON_JOBS, CONFIG_MAPS)}
-"""What a rendered manifest can be."""
 
 
 class _Transient(Exception):

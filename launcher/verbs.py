@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import SpecInvalid
-from launcher.codes import NotFound
+from launcher.codes import LauncherError, NotFound
 
 if TYPE_CHECKING:
     from job.spec import JobSpec
@@ -44,7 +45,11 @@ class Door:
 
         self.profile = load(name)
         self.say = say
-        self.cluster = cluster_of(self.profile)
+
+    @cached_property
+    def cluster(self) -> "Cluster":
+        """The profile's cluster."""
+        return cluster_of(self.profile)
 
     def find(self, name: str) -> "Run":
         """A run by its id, its Job's name, the beginning of either, or the file of its spec."""
@@ -152,7 +157,12 @@ class Door:
         from launcher.doctor import examine
         from launcher.remote import probe
 
-        return examine(self.cluster, self.profile, lambda: probe(self.profile))
+        cluster: Cluster | LauncherError
+        try:
+            cluster = self.cluster
+        except LauncherError as error:
+            cluster = error
+        return examine(cluster, self.profile, lambda: probe(self.profile))
 
     def _told(self, run: "Run") -> Any:
         from launcher.remote import told
