@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from job.errors import SpecInvalid
 from job.spec import differences, parse
 from launcher import runs
 from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS, Cluster
@@ -95,12 +96,17 @@ def _digest(rendered: "Rendered") -> str | None:
 
 def _other_spec(cluster: Cluster, spec: "JobSpec", run: Run) -> str:
     lines = _compared(cluster, spec, run)
-    return f"{run.job} is there with another spec:\n" + "\n".join(lines or ["  (its ConfigMap is gone)"])
+    return f"{run.job} is there with another spec:\n" + "\n".join(
+        lines or ["  (its ConfigMap is gone, or of a newer release)"]
+    )
 
 
 def _compared(cluster: Cluster, spec: "JobSpec", run: Run) -> list[str]:
-    """Where our spec differs from that of a run on the cluster, a line each."""
-    theirs = spec_of(cluster, run)
+    """Where our spec differs from that of a run on the cluster, a line each; none where theirs cannot be read."""
+    try:
+        theirs = spec_of(cluster, run)
+    except SpecInvalid:  # of a newer release
+        return []
     return [f"  {line}" for line in differences(spec, theirs)] if theirs else []
 
 
@@ -142,7 +148,8 @@ def _tell_of_namesakes(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", 
     """A run of the same name that trains something else is no obstacle; the user should know of it."""
     for kube_job in cluster.list(JOBS, f"{NAME}={spec.name.rstrip('-')}"):
         other = Run(kube_job)
-        if other.id != rendered.run and not other.has_ended:
+        # By the digest, not by the id: a schedule's fires train the same under ids of their own.
+        if other.spec_digest != _digest(rendered) and not other.has_ended:
             say(f"{other.id} of the same name is active and trains something else:")
             for line in _compared(cluster, spec, other):
                 say(line)
