@@ -6,6 +6,7 @@ default spelled out, so that a later release cannot change what an old run meant
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Source(Section):
     """One input of the training data. A plain string is short for ``{from: STRING}``."""
 
     source: str = Field(alias="from", min_length=1, examples=["data/train.jsonl"])
-    """File, or `s3://` object: .jsonl, .json, .csv, .tsv or .parquet."""
+    """File, or `s3://` object: .jsonl, .json, .csv, .tsv, .parquet or .txt (a row for each paragraph)."""
     weight: float = Field(1.0, gt=0, le=100)
     """Expected copies of each row per epoch: 1 takes every row once, 0.5 half of them, 2 each twice."""
 
@@ -139,17 +140,32 @@ class Lora(Section):
     untouched base; some servers refuse such adapters."""
     modules_to_save: Names = ()
     """Whole modules trained and saved besides the adapter (for instance a classification head)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, arXiv:2402.09353): often better at small ranks, and slower."""
+    init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
+    """First values of the adapter. `default`, `gaussian` and `orthogonal` begin with no effect. `pissa`
+    (arXiv:2404.02948) and `olora` (arXiv:2406.01775) begin with parts of the base weights; the published adapter is
+    converted to fit the untouched base, at twice the rank. Not on a quantised base."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Ranks of single layers, by the ending of their name or a regular expression, for instance `{down_proj: 32}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alphas of single layers, by the ending of their name or a regular expression."""
+    new_tokens: Names = ()
+    """Tokens added to the tokenizer; their embeddings are trained and saved with the adapter."""
 
 
 class Quantization(Section):
     """How QLoRA (arXiv:2305.14314) holds the frozen base: 4 bits a weight, by bitsandbytes."""
 
-    type: Literal["nf4", "fp4"] = "nf4"
-    """Data type of a 4-bit weight; nf4 suits normally distributed weights."""
+    type: Literal["nf4", "fp4", "int8"] = "nf4"
+    """Data type of a weight: 4 bits (nf4 suits normally distributed weights), or 8 (LLM.int8, arXiv:2208.07339)."""
     double_quant: bool = True
     """Quantise the quantisation constants too: about 0.4 bits a weight less."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which de-quantised weights are multiplied. `auto`: the run's precision on the device at hand."""
+    max_unquantized: float = Field(0.2, ge=0, le=1)
+    """Share of the parameters of hidden layers that may stay at 16 bits (experts that are no linear layers do) before
+    the run is refused."""
 
 
 class Training(Section):
@@ -196,6 +212,12 @@ class Training(Section):
     kernels: Literal["auto", "reference"] = "auto"
     """`reference`: the model's own forward on padded rows. `auto`: padding-free batches with attention per document and
     logits for trained tokens only, compared with the reference at the start; a difference falls back to it."""
+    on_out_of_memory: Literal["fail", "halve"] = "fail"
+    """What happens when the device's memory runs out: exit 83, or go on with half the token budget of a micro-batch, on
+    all ranks from the same step on. The loss stays the same."""
+    parallelism: Literal["replicate", "shard"] = "replicate"
+    """`replicate`: every rank holds the whole base. `shard`: the ranks share it (FSDP2), for a base that is too big for
+    one device."""
     logging_steps: int = Field(10, ge=1)
     """Optimizer steps between two lines of metrics.jsonl."""
     loader_workers: int = Field(0, ge=0, le=64)
@@ -241,10 +263,40 @@ class Evaluation(Section):
     """Optimizer steps between two evaluations during training; left out: only at the end."""
     max_rows: int | None = Field(None, ge=1)
     """At most this many evaluation rows, the first ones; left out: all."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Evaluations in a row without a lower loss after which the training ends; needs `every_steps`."""
+    min_improvement: float = Field(0.0, ge=0)
+    """How much lower (nats) the evaluation loss has to be to count as lower for `early_stopping`."""
+    publish: Literal["last", "best"] = "last"
+    """Which state is published: that of the last step, or that of the lowest evaluation loss on the way, which needs
+    `every_steps`."""
     generate_rows: int = Field(0, ge=0)
-    """Evaluation rows answered by greedy generation and compared word for word (exact match), by base and tuned."""
+    """Evaluation rows answered by greedy generation, by base and tuned: exact match, chrF and ROUGE-L."""
+    extract: str | None = None
+    """What part of a generated answer is compared besides: `number`, the last number in it (GSM8K), or a regular
+    expression with one group, whose last match counts."""
     max_new_tokens: int = Field(128, ge=1)
     """Tokens a generated answer may have."""
+
+    @field_validator("early_stopping", "publish")
+    @classmethod
+    def _only_with_every_steps(cls, value: int | str | None, info: ValidationInfo) -> int | str | None:
+        if value not in (None, "last") and info.data.get("every_steps", 1) is None:
+            raise ValueError(f"{value} needs evaluations on the way; set evaluation.every_steps")
+        return value
+
+    @field_validator("extract")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value in (None, "number"):
+            return value
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"neither `number` nor a regular expression ({error})") from None
+        if groups != 1:
+            raise ValueError(f"a regular expression with one group is needed, this one has {groups}")
+        return value
 
 
 class Output(Section):
@@ -252,6 +304,8 @@ class Output(Section):
 
     adapter_format: Literal["safetensors", "bin", "both"] = "safetensors"
     """File format of the adapter. `bin` is a pickle that PEFT reads with weights_only; some old loaders need it."""
+    serve_with: Literal["peft", "vllm", "tgi"] = "peft"
+    """Who will load the adapter. An adapter that this server refuses is refused before training."""
 
 
 class Resources(Section):
@@ -348,7 +402,15 @@ class JobSpec(Section):
 IDENTITY = ("model", "data", "method", "lora", "quantization", "training", "evaluation")
 """The parts that make one run another run. What it is called, costs and leaves behind is not among them."""
 
-WITHOUT_EFFECT = ("micro_batch_size", "gradient_checkpointing", "kernels", "logging_steps", "loader_workers")
+WITHOUT_EFFECT = (
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "kernels",
+    "on_out_of_memory",
+    "parallelism",
+    "logging_steps",
+    "loader_workers",
+)
 """Keys of ``training`` that must not change the result, so that a run may go on with other values of them."""
 
 

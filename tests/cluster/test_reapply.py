@@ -8,7 +8,7 @@ import pytest
 
 from job.spec import JobSpec, read
 from launcher import bundle, profile
-from launcher.cluster import KINDS
+from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS
 from launcher.documents import EXAMPLES
 from launcher.render import Rendered, render
 from launcher.verbs import Door
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.cluster
 
 # Amounts as people write them; the server writes them otherwise, and what differs as text would be a conflict.
 AMOUNTS = {"cpu": "0.1", "memory": "2048Mi", "ephemeral_storage": "0.5Gi"}
+KINDS = {kind.name: kind for kind in (JOBS, CRON_JOBS, CONFIG_MAPS)}
 LONG = {"max_steps": 600, "batch_size": 4, "max_length": 64, "logging_steps": 1}
 
 

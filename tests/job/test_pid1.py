@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_is_ended_with_its_stacks(folder: Path) -> None:
     )
     code, said = ended(process)
     assert code == 85, said
-    assert "all_reduce" in said  # where rank 0 waits
+    assert "all_reduce" in said or "barrier" in said  # where rank 0 waits
     assert "no progress for" in pod.word["message"]
 
 
