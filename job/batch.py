@@ -43,8 +43,8 @@ class Padded:
     """int64 ``[rows, longest]``."""
     attention: Tensor
     """int64 ``[rows, longest]``: 1 on tokens, 0 on padding, by position, whatever the padding token is."""
-    predicts: Tensor
-    """bool ``[rows, longest]``: positions whose logits predict a trained token."""
+    predictors: Tensor
+    """int64 ``[trained]``: positions in the flattened batch whose logits predict a trained token."""
     targets: Tensor
     """int64 ``[trained]``: the trained tokens, row by row."""
 
@@ -61,9 +61,7 @@ def pack(rows: Rows, indices: Sequence[int], device: torch.device) -> Packed:
     return Packed(
         tokens=_tensor(np.concatenate(tokens), device)[None],
         positions=_tensor(np.concatenate([np.arange(length) for length in lengths]), device)[None],
-        documents=Documents(
-            lengths, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32).to(device, non_blocking=True)
-        ),
+        documents=Documents(lengths, _moved(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), device)),
         predictors=_tensor(predictors, device),
         targets=_tensor(shifted[predictors], device),
     )
@@ -80,14 +78,19 @@ def pad(rows: Rows, indices: Sequence[int], padding: int, device: torch.device) 
         tokens[line, : len(row)] = row
         attention[line, : len(row)] = 1
         shifted[line, : len(row) - 1] = rows.labels(index)[1:]
-    predicts = shifted != -100
+    predictors = np.flatnonzero(shifted != -100)
     return Padded(
         tokens=_tensor(tokens, device),
         attention=_tensor(attention, device),
-        predicts=torch.from_numpy(predicts).to(device, non_blocking=True),
-        targets=_tensor(shifted[predicts], device),
+        predictors=_tensor(predictors, device),
+        targets=_tensor(shifted.flatten()[predictors], device),
     )
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+    return _moved(torch.from_numpy(values.astype(np.int64)), device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; only a copy out of pinned memory does not wait for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -13,8 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from job.attention import attention, stock_attention
 from job.device import Placement
-from job.kernels import STOCK_ATTENTION, Kernel, attention, cross_entropy_sum
+from job.kernels import Kernel
 from job.order import micro_batches
 from job.prepared import Rows
 
@@ -67,16 +68,15 @@ def measure(
     count = len(rows) if limit is None else min(limit, len(rows))
     groups = micro_batches([int(length) for length in rows.lengths[:count]], budget, kernel.padded)
     sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
-    with _evaluating(core), attention(core, kernel.implementation):
+    with _evaluating(core), kernel.installed(core):
         for group in groups[placement.rank :: placement.world]:
             on_batch()
             if should_stop():
                 raise StopAsked
             with placement.autocast():
-                logits, targets = kernel.logits(core, kernel.collate(rows, group))
-                loss = cross_entropy_sum(logits, targets)
-            right = (logits.argmax(-1) == targets).sum()
-            sums += torch.stack([loss.double(), right.double(), sums.new_tensor(float(len(targets)))])
+                scores = kernel.score(core, kernel.collate(rows, group))
+            loss, right = scores.losses.double().sum(), scores.right.double().sum()
+            sums += torch.stack([loss, right, torch.full_like(loss, len(scores.right))])
     if placement.world > 1:
         dist.all_reduce(sums)
     total, right_total, tokens = sums.tolist()
@@ -101,7 +101,7 @@ def exact_match(
     batches = [wanted[start : start + batch_rows] for start in range(0, len(wanted), batch_rows)]
     right = 0
     positions = _positions(core)
-    with _evaluating(core), attention(core, STOCK_ATTENTION):
+    with _evaluating(core), attention(core, stock_attention(core)):
         for batch in batches[placement.rank :: placement.world]:
             on_batch()
             room = positions - max(len(rows.prompt(row)) for row in batch)

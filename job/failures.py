@@ -16,8 +16,8 @@ _LOST_PEER_TEXTS = ("Connection reset by peer", "Connection closed by peer", "nc
 
 def as_torch_failure(error: BaseException) -> JobError | None:
     """Device memory, a lost device or a lost peer; None for anything else."""
-    code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
-    if isinstance(error, torch.OutOfMemoryError) or code == _OUT_OF_MEMORY or _says_out_of_memory(error):
+    code = _cuda_code(error)
+    if is_out_of_memory(error):
         return DeviceOutOfMemory(
             f"device memory: {str(error).splitlines()[0]}; lower training.micro_batch_size (the run and its loss stay "
             "the same), set training.gradient_checkpointing: true, or use method: qlora"
@@ -29,5 +29,12 @@ def as_torch_failure(error: BaseException) -> JobError | None:
     return None
 
 
-def _says_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """The device, or the allocator of the CPU, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError) or _cuda_code(error) == _OUT_OF_MEMORY:
+        return True
     return isinstance(error, RuntimeError | MemoryError) and any(text in str(error) for text in _OOM_TEXTS)
+
+
+def _cuda_code(error: BaseException) -> int | None:
+    return getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None

@@ -1,126 +1,32 @@
-"""Two ways to the logits of trained tokens: padding-free, and the model's own forward on padded rows.
+"""Ways from rows to the loss of their trained tokens. The reference is the model's own forward on padded rows.
 
-The second is the reference. The first is compared with it at the start of every run; a model whose parts cannot be
-kept apart by rows (recurrent layers, soft-capped attention, sinks) falls back to the reference, and the run says so.
+The others are tried in order and compared with the reference at the start of every run: the first that gives its loss
+and gradient is used. A model whose parts cannot be kept apart by rows (recurrent layers, soft-capped attention, sinks)
+or whose head is not plain falls back, and the run says so.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from job.batch import Documents, Packed, Padded, pack, pad
+from job.attention import PACKED_ATTENTION, UnsupportedModel, attention, stock_attention
+from job.batch import Packed, Padded, pack, pad
+from job.head import ChunkedHead, Scores, chunked_head, cross_entropy_sum, scores_of
 from job.prepared import Rows
 
 log = logging.getLogger(__name__)
-
-PACKED_ATTENTION = "tunejob_documents"
-STOCK_ATTENTION = "sdpa"
 
 _AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest relative difference of loss and gradient that counts as the same, by precision."""
 
 
-class UnsupportedAttention(Exception):
-    """The model asks attention for something that the padding-free path does not have."""
-
-
-def _documents_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    documents: Documents | None = None,
-    sliding_window: int | None = None,
-    **unknown: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each row of a padding-free batch.
-
-    Args:
-        query: ``[1, heads, tokens, width]``; ``key`` and ``value`` may have fewer heads.
-
-    Returns:
-        ``[1, tokens, heads, width]``, and no weights.
-    """
-    if documents is None:
-        raise UnsupportedAttention("the model does not pass on where its rows end")
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if unknown.get(name) is not None]
-    if refused:
-        raise UnsupportedAttention(f"attention with {', '.join(refused)}")
-    window = sliding_window if sliding_window and max(documents.lengths) > sliding_window else None
-    if _has_varlen(query, dropout):
-        return _varlen(query, key, value, scaling, documents, window), None
-    gqa = query.shape[1] != key.shape[1]
-    parts = [
-        functional.scaled_dot_product_attention(
-            q, k, v, _window(q, window), dropout, is_causal=window is None, scale=scaling, enable_gqa=gqa
-        )
-        for q, k, v in zip(*(torch.split(t, documents.lengths, dim=2) for t in (query, key, value)), strict=True)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _window(query: Tensor, window: int | None) -> Tensor | None:
-    """Causal mask of the last ``window`` tokens, bool ``[tokens, tokens]``."""
-    if window is None:
-        return None
-    ones = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
-    return ones.tril() & ones.triu(1 - window)
-
-
-def _has_varlen(query: Tensor, dropout: float) -> bool:
-    """torch's variable-length kernel: CUDA from Ampere on, 16 bit, heads up to 256 wide, without dropout."""
-    return (
-        query.is_cuda
-        and torch.version.hip is None
-        and dropout == 0.0
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, documents: Documents, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = max(documents.lengths)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    output = varlen_attn(
-        q,
-        k,
-        v,
-        documents.starts,
-        documents.starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(window - 1 if window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    if isinstance(output, tuple):
-        raise UnsupportedAttention("torch's variable-length attention returned more than its output")
-    return output[None]
-
-
-AttentionInterface.register(PACKED_ATTENTION, _documents_attention)
-# Without a mask function of its own, a registered attention is called with no mask and no warning; ours needs none,
-# and says so.
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
-
-
 class Kernel(Protocol):
-    """A way from rows to the logits of their trained tokens."""
+    """A way from rows to the loss of their trained tokens."""
 
     @property
     def name(self) -> str:
@@ -132,83 +38,130 @@ class Kernel(Protocol):
         """Whether a micro-batch costs its longest row times its rows."""
         ...
 
-    @property
-    def implementation(self) -> str:
-        """The attention that ``attention`` has to switch on while it is used."""
+    def installed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Switches on in the model what ``loss`` and ``score`` need; around a loop, never inside a step."""
         ...
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Any:
         """The rows as tensors on the device; safe to call in another thread."""
         ...
 
-    def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Logits ``[trained, vocabulary]`` and the trained tokens ``[trained]``, in the rows' order."""
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Sum of the cross entropies (nats) of the trained tokens, a scalar to differentiate."""
+        ...
+
+    def score(self, model: nn.Module, batch: Any) -> Scores:
+        """Loss and rank of each trained token, without gradients."""
         ...
 
 
+class _Layout:
+    """What both layouts do with their logits or hidden states; a head of None is the model's own."""
+
+    head: ChunkedHead | None
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self.head is None:
+            return cross_entropy_sum(self.logits(model, batch), batch.targets)
+        return self.head.loss(self.hidden(model, batch), batch.targets)
+
+    def score(self, model: nn.Module, batch: Any) -> Scores:
+        if self.head is None:
+            return scores_of(self.logits(model, batch), batch.targets)
+        return self.head.scores(self.hidden(model, batch), batch.targets)
+
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        """Logits that predict trained tokens, ``[trained, vocabulary]``, by the model's own head."""
+        raise NotImplementedError
+
+    def hidden(self, model: nn.Module, batch: Any) -> Tensor:
+        """What the head is given at the positions that predict trained tokens, ``[trained, width]``."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Reference:
-    """The model's own forward on padded rows."""
+class Reference(_Layout):
+    """The model's own forward on padded rows; with a chunked head only its backbone."""
 
     padding: int
     device: torch.device
-    name: str = "reference"
+    head: ChunkedHead | None = None
     padded: bool = True
-    implementation: str = STOCK_ATTENTION
+
+    @property
+    def name(self) -> str:
+        return "reference" if self.head is None else "padded, chunked head"
+
+    def installed(self, model: nn.Module) -> AbstractContextManager[None]:
+        return attention(model, stock_attention(model))
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Padded:
         return pad(rows, indices, self.padding, self.device)
 
-    def logits(self, model: nn.Module, batch: Padded) -> tuple[Tensor, Tensor]:
-        output = model(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-        return output.logits[batch.predicts], batch.targets
+    def logits(self, model: nn.Module, batch: Padded) -> Tensor:
+        output = model(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False).logits
+        return output.flatten(0, 1).index_select(0, batch.predictors)  # type: ignore[no-any-return]
+
+    def hidden(self, model: nn.Module, batch: Padded) -> Tensor:
+        backbone: Any = model.base_model
+        output = backbone(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False).last_hidden_state
+        return output.flatten(0, 1).index_select(0, batch.predictors)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class PaddingFree:
-    """Rows one after the other, attention inside each row, the head on trained tokens only."""
+class PaddingFree(_Layout):
+    """Rows one after the other, attention inside each row."""
 
     device: torch.device
-    name: str = "padding-free"
-    padded: bool = False
+    head: ChunkedHead | None = None
     implementation: str = PACKED_ATTENTION
+    padded: bool = False
+
+    @property
+    def name(self) -> str:
+        return "padding-free, own head" if self.head is None else "padding-free"
+
+    def installed(self, model: nn.Module) -> AbstractContextManager[None]:
+        return attention(model, self.implementation)
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Packed:
         return pack(rows, indices, self.device)
 
-    def logits(self, model: nn.Module, batch: Packed) -> tuple[Tensor, Tensor]:
-        output = model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=batch.predictors,
-            documents=batch.documents,
-        )
-        return output.logits[0], batch.targets
+    def logits(self, model: nn.Module, batch: Packed) -> Tensor:
+        return model(**self._inputs(batch), logits_to_keep=batch.predictors).logits[0]  # type: ignore[no-any-return]
+
+    def hidden(self, model: nn.Module, batch: Packed) -> Tensor:
+        backbone: Any = model.base_model
+        output = backbone(**self._inputs(batch)).last_hidden_state
+        return output[0].index_select(0, batch.predictors)  # type: ignore[no-any-return]
+
+    def _inputs(self, batch: Packed) -> dict[str, Any]:
+        return {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
+            "use_cache": False,
+            "documents": batch.documents,
+        }
+
+
+Factory = Callable[[Any, torch.device, int], Kernel]
+"""Makes a kernel for a causal language model, a device and a padding token. Raises UnsupportedModel, saying why not."""
+
+_factories: list[Factory] = [
+    lambda core, device, padding: PaddingFree(device, chunked_head(core)),
+    lambda core, device, padding: PaddingFree(device),
+    lambda core, device, padding: Reference(padding, device, chunked_head(core)),
+]
 
 
 @contextmanager
-def attention(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Has the model's layers use an attention implementation inside the block.
-
-    Walks the model's modules, so it stands around a loop, never inside a step.
-    """
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation_internal = implementation
+def registered(factory: Factory) -> Iterator[None]:
+    """Has ``choose`` try a kernel before all others inside the block."""
+    _factories.insert(0, factory)
     try:
         yield
     finally:
-        for config, implementation_before in before:
-            config._attn_implementation_internal = implementation_before
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies (nats) in float32; the caller divides by the tokens of the whole step."""
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+        _factories.remove(factory)
 
 
 @dataclass(frozen=True)
@@ -227,46 +180,82 @@ def choose(
     model: nn.Module,
     rows: Rows,
     probe: Sequence[int],
-    candidates: tuple[PaddingFree, Reference],
+    reference: Reference,
     autocast: Callable[[], Any],
     precision: torch.dtype,
 ) -> Choice:
-    """Runs ``probe`` through both kernels without dropout and takes the padding-free one if they agree.
+    """The first kernel that gives the reference's loss and gradient on ``probe``, else the reference.
 
     Args:
         probe: rows to compare on; several, or nothing is seen to leak from one into the next.
         autocast: context in which the run computes.
     """
-    fast, reference = candidates
     was_training = model.training
     model.eval()
+    refused: list[str] = []
     try:
         with autocast():
             expected = _loss_and_gradient(model, rows, probe, reference)
-            found = _loss_and_gradient(model, rows, probe, fast)
-    except (UnsupportedAttention, TypeError, ValueError) as error:
-        return _fall_back(reference, f"padding-free batches do not work with this model: {error}")
+            for kernel in _made(model, reference, refused):
+                worst = _difference(model, rows, probe, kernel, expected, refused)
+                if worst is None:
+                    continue
+                if worst <= _AGREE[precision]:
+                    agrees = f"agrees with the reference: largest relative difference {worst:.1e}"
+                    return Choice(kernel, "; ".join([agrees, *refused]))
+                refused.append(f"{kernel.name} differs from the reference by {worst:.2e}")
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
-    differences = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
-    worst = max(differences)
-    if not worst <= _AGREE[precision]:
-        return _fall_back(reference, f"padding-free batches differ from the reference by {worst:.2e}")
-    return Choice(fast, f"agrees with the reference: largest relative difference {worst:.1e}")
-
-
-def _fall_back(reference: Reference, reason: str) -> Choice:
+    reason = "; ".join(refused)
     log.warning("kernels: %s; going on with the reference", reason)
     return Choice(reference, reason)
+
+
+def named(model: nn.Module, name: str, reference: Reference, reason: str) -> Choice:
+    """The kernel that a checkpoint names; the reference, saying so, if it can no longer be had here."""
+    if name == reference.name:
+        return Choice(reference, reason)
+    refused: list[str] = []
+    for kernel in _made(model, reference, refused):
+        if kernel.name == name:
+            return Choice(kernel, reason)
+    reason = f"the run began with {name}, which is not to be had here ({'; '.join(refused) or 'unknown'})"
+    log.warning("kernels: %s; going on with the reference: the same training, not bit for bit", reason)
+    return Choice(reference, reason)
+
+
+def _made(model: nn.Module, reference: Reference, refused: list[str]) -> Iterator[Kernel]:
+    for factory in _factories:
+        try:
+            yield factory(model, reference.device, reference.padding)
+        except UnsupportedModel as error:
+            refused.append(str(error))
+
+
+def _difference(
+    model: nn.Module,
+    rows: Rows,
+    probe: Sequence[int],
+    kernel: Kernel,
+    expected: Sequence[Tensor],
+    refused: list[str],
+) -> float | None:
+    """Largest relative difference of loss and gradient; None, noting why, where the kernel does not work."""
+    try:
+        found = _loss_and_gradient(model, rows, probe, kernel)
+    except (UnsupportedModel, TypeError, ValueError) as error:
+        refused.append(f"{kernel.name} does not work with this model: {error}")
+        return None
+    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def _loss_and_gradient(model: nn.Module, rows: Rows, indices: Sequence[int], kernel: Kernel) -> list[Tensor]:
     """Loss, and the gradient of every trained parameter."""
     model.zero_grad(set_to_none=True)
-    with attention(model, kernel.implementation):
-        logits, targets = kernel.logits(model, kernel.collate(rows, indices))
-        loss = cross_entropy_sum(logits, targets) / max(1, len(targets))
+    with kernel.installed(model):
+        batch = kernel.collate(rows, indices)
+        loss = kernel.loss(model, batch) / max(1, len(batch.targets))
         torch.autograd.backward(loss)
     trained = (p for p in model.parameters() if p.requires_grad)
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
@@ -275,4 +264,5 @@ def _loss_and_gradient(model: nn.Module, rows: Rows, indices: Sequence[int], ker
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     scale = max(float(expected.norm()), 1e-12)
-    return float((found - expected).norm()) / scale
+    difference = float((found - expected).norm()) / scale
+    return difference if difference == difference else float("inf")

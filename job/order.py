@@ -95,6 +95,13 @@ def micro_batches(lengths: Sequence[int], budget: int, padded: bool) -> list[lis
     return groups
 
 
+def costliest(lengths: npt.NDArray[Any], budget: int, padded: bool) -> list[int]:
+    """A micro-batch that no other of the run costs more than: the longest rows, as many as the budget lets in."""
+    longest = np.argsort(-lengths, kind="stable")[: max(1, budget)]
+    costs = lengths[longest[0]] * np.arange(1, len(longest) + 1) if padded else np.cumsum(lengths[longest])
+    return [int(row) for row in longest[: max(1, int(np.searchsorted(costs, budget, side="right")))]]
+
+
 def share(groups: Sequence[list[int]], lengths: Sequence[int], rank: int, world: int) -> list[list[int]]:
     """The micro-batches of one rank: the largest first to whoever has least, so that ranks finish together.
 

@@ -146,9 +146,9 @@ class Lora(Section):
     """First values of the adapter. `default`, `gaussian` and `orthogonal` begin with no effect. `pissa`
     (arXiv:2404.02948) and `olora` (arXiv:2406.01775) begin with parts of the base weights; the published adapter is
     converted to fit the untouched base, at twice the rank. Not on a quantised base."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field({})
     """Ranks of single layers, by the ending of their name or a regular expression, for instance `{down_proj: 32}`."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
     """Alphas of single layers, by the ending of their name or a regular expression."""
     new_tokens: Names = ()
     """Tokens added to the tokenizer; their embeddings are trained and saved with the adapter."""

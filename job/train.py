@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from job import checkpoint, evaluate, kernels, prepared
+from job import checkpoint, evaluate, kernels, prepared, sharded
 from job.checkpoint import State
 from job.child import setup_child
 from job.device import Placement, place
@@ -109,8 +109,10 @@ def run(workdir: WorkDir) -> ExitCode:
     worker = Worker(workdir, spec, placement, prepared.load(workdir.prepared))
     order = _order(worker)  # what it refuses should not wait for the base
     with worker.phase("load"):
-        base = load_base(read_inputs(workdir.inputs).model.path, spec, placement)
+        base = load_base(read_inputs(workdir.inputs).model.path, spec, sharded.loading_place(spec, placement))
         model = add_adapter(base, spec, placement)
+        if sharded.shards(spec, placement):
+            sharded.shard(model.get_base_model(), placement)
         base_biases = evaluate.trained_biases(model)
         loop, choice = _ready(worker, model, order)
     worker.position = {"step": loop.progress.step, "steps": order.steps}
@@ -164,17 +166,14 @@ def _kernel(worker: Worker, model: PeftModel, order: Order, state: State | None)
     placement, rows = worker.placement, worker.data.train
     # Any token will do for padding: attention and labels go by position.
     reference = kernels.Reference(int(worker.data.info["pad_id"] or 0), placement.device)
-    fast = kernels.PaddingFree(placement.device)
     if worker.spec.training.kernels == "reference":
         return kernels.Choice(reference, "training.kernels: reference")
     if state is not None:
-        kernel: kernels.Kernel = fast if state.kernels["name"] == fast.name else reference
-        return kernels.Choice(kernel, state.kernels["reason"])
+        return kernels.named(model.get_base_model(), state.kernels["name"], reference, state.kernels["reason"])
     first = sorted((int(row) for row in order.rows(0)), key=lambda row: int(rows.lengths[row]))
     probe = [first[-1], *first[: min(2, len(first) - 1)]]
-    return kernels.choose(
-        model.get_base_model(), rows, probe, (fast, reference), placement.autocast, placement.precision
-    )
+    core = model.get_base_model()
+    return kernels.choose(core, rows, probe, reference, placement.autocast, placement.precision)
 
 
 def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:
@@ -187,7 +186,7 @@ def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:
     _catch_up(worker, loop)
     metrics = _Metrics(worker, loop.progress.tokens)
     saved_at, saved_step = time.monotonic(), loop.progress.step
-    for progress in loop.run(worker.stop_asked):
+    for progress in loop.run(worker.stop_asked, _reads(worker)):
         last = progress.step == loop.order.steps
         metrics.step(progress, loop.order, last)
         eval_loss, stopping = _evaluate_on_the_way(worker, loop, last)
@@ -202,6 +201,13 @@ def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:
     if loop.progress.step == 0 or saved_step != loop.order.steps:
         raise InternalError("the training ended without a checkpoint of its last step")
     return True
+
+
+def _reads(worker: Worker) -> Callable[[int], bool]:
+    """Whether a step's figures are needed at once: they are logged, or a checkpoint or an evaluation follows."""
+    spec = worker.spec
+    every = [spec.training.logging_steps, spec.checkpoints.every_steps, spec.evaluation.every_steps]
+    return lambda step: step == 1 or any(n is not None and step % n == 0 for n in every)
 
 
 def _catch_up(worker: Worker, loop: Loop) -> None:
@@ -241,6 +247,7 @@ def _measure(worker: Worker, loop: Loop, should_stop: Any = lambda: False) -> ev
 
 def _save(worker: Worker, loop: Loop, choice: dict[str, str], eval_loss: float | None) -> None:
     """Seals a checkpoint. Rank 0's copy serves all: adapter and optimizer are the same on every rank."""
+    loop.settle()  # a step that was not finite is not worth keeping
     if worker.is_first:
         state = State(
             step=loop.progress.step,

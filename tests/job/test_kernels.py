@@ -1,14 +1,17 @@
 """Padding-free batches give the reference's loss and gradient (T7, T14, T16, T43), or the run falls back."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from job import kernels
-from job.kernels import PaddingFree, Reference, attention, cross_entropy_sum
+from job.head import cross_entropy_sum
+from job.kernels import PaddingFree, Reference
+from job.prepared import Rows
 from tests.job.made import CPU, made_model, made_rows, made_spec
+from tests.job.test_loop import loop_of, losses_of
 
 LENGTHS = [17, 5, 33, 9]
 DEVICE = torch.device("cpu")
@@ -19,9 +22,18 @@ def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-def logits_of(kernel: kernels.Kernel, core: torch.nn.Module, rows: object, indices: list[int]) -> tuple:  # type: ignore[type-arg]
-    with torch.no_grad(), attention(core, kernel.implementation):
-        return kernel.logits(core, kernel.collate(rows, indices))  # type: ignore[arg-type]
+def logits_of(kernel: PaddingFree | Reference, core: torch.nn.Module, rows: Rows, indices: list[int]) -> tuple:  # type: ignore[type-arg]
+    with torch.no_grad(), kernel.installed(core):
+        batch = kernel.collate(rows, indices)
+        return kernel.logits(core, batch), batch.targets
+
+
+def chosen(core: torch.nn.Module, rows: Rows, probe: list[int], *first: kernels.Kernel) -> kernels.Choice:
+    """What is chosen, with kernels of the test's own tried before all others."""
+    with ExitStack() as stack:
+        for kernel in first:
+            stack.enter_context(kernels.registered(lambda *_, kernel=kernel: kernel))  # type: ignore[misc]
+        return kernels.choose(core, rows, probe, Reference(0, DEVICE), nullcontext, torch.float32)
 
 
 def test_packed_rows_do_not_see_each_other(model_folder: Path) -> None:
@@ -53,56 +65,69 @@ def test_supervised_tokens_are_the_same_in_both_kernels(tiny_llama: Path) -> Non
 
 def test_the_comparison_at_the_start_accepts_models_that_keep_rows_apart(model_folder: Path) -> None:
     model = made_model(model_folder, made_spec())
-    choice = kernels.choose(
-        model.get_base_model(),
-        made_rows(LENGTHS, 300),
-        [2, 1, 3],
-        (PaddingFree(DEVICE), Reference(0, DEVICE)),
-        nullcontext,
-        torch.float32,
-    )
+    choice = chosen(model.get_base_model(), made_rows(LENGTHS, 300), [2, 1, 3])
     assert choice.kernel.name == "padding-free", choice.reason
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_kernel_that_leaks_between_rows_falls_back_to_the_reference(tiny_llama: Path) -> None:
-    class Leaking(PaddingFree):
-        """Padding-free batches under an attention that knows of no rows: what silence would look like."""
+class Leaking(PaddingFree):
+    """Padding-free batches under an attention that knows of no rows: what silence would look like."""
 
-        def __init__(self) -> None:
-            super().__init__(DEVICE, implementation="sdpa")
+    name = "leaking"
 
-        def logits(self, model, batch):  # type: ignore[no-untyped-def]
-            output = model(
-                input_ids=batch.tokens,
-                position_ids=batch.positions,
-                attention_mask=torch.ones_like(batch.tokens),
-                use_cache=False,
-                logits_to_keep=batch.predictors,
-            )
-            return output.logits[0], batch.targets
+    def _inputs(self, batch):  # type: ignore[no-untyped-def]
+        return {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
+            "attention_mask": torch.ones_like(batch.tokens),
+            "use_cache": False,
+        }
 
+
+class SoftCapped(PaddingFree):
+    """A model that bounds its attention scores."""
+
+    name = "soft-capped"
+
+    def _inputs(self, batch):  # type: ignore[no-untyped-def]
+        return super()._inputs(batch) | {"softcap": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (Leaking(DEVICE, implementation="sdpa"), "leaking differs from the reference"),
+        (SoftCapped(DEVICE), "attention with softcap"),
+    ],
+)
+def test_a_kernel_that_is_wrong_for_the_model_is_passed_over_by_name(  # T14 T43
+    tiny_llama: Path, kernel: PaddingFree, reason: str
+) -> None:
     core = made_model(tiny_llama, made_spec()).get_base_model()
+    choice = chosen(core, made_rows(LENGTHS, 300), [2, 1, 3], kernel)
+    assert choice.kernel.name == "padding-free"
+    assert reason in choice.reason
+
+
+def test_a_kernel_of_ones_own_plugs_in_without_touching_the_loop(tiny_llama: Path) -> None:
+    class Counting(PaddingFree):
+        """A right kernel that counts its micro-batches."""
+
+        name = "counting"
+        calls = 0
+
+        def loss(self, model, batch):  # type: ignore[no-untyped-def]
+            Counting.calls += 1
+            return super().loss(model, batch)
+
+    model = made_model(tiny_llama, made_spec())
     rows = made_rows(LENGTHS, 300)
-    choice = kernels.choose(core, rows, [2, 1, 3], (Leaking(), Reference(0, DEVICE)), nullcontext, torch.float32)
-    assert choice.kernel.name == "reference"
-    assert "differ from the reference" in choice.reason
-
-
-def test_attention_with_soft_cap_falls_back_by_name(tiny_llama: Path) -> None:
-    core = made_model(tiny_llama, made_spec()).get_base_model()
-
-    class SoftCapped(PaddingFree):
-        def logits(self, model, batch):  # type: ignore[no-untyped-def]
-            output = model(
-                input_ids=batch.tokens, position_ids=batch.positions, documents=batch.documents, softcap=50.0
-            )
-            return output.logits[0], batch.targets
-
-    choice = kernels.choose(
-        core, made_rows(LENGTHS, 300), [0, 1], (SoftCapped(DEVICE), Reference(0, DEVICE)), nullcontext, torch.float32
-    )
-    assert (choice.kernel.name, "softcap" in choice.reason) == ("reference", True)
+    choice = chosen(model.get_base_model(), rows, [2, 1, 3], Counting(DEVICE))
+    assert choice.record()["name"] == "counting"
+    tried = Counting.calls
+    loop = loop_of(tiny_llama, made_spec(training={"batch_size": 4, "max_steps": 2}), choice.kernel, LENGTHS)
+    assert len(losses_of(loop)) == 2
+    assert Counting.calls > tried
 
 
 def test_a_sliding_window_is_respected(tiny_qwen: Path, tmp_path: Path) -> None:
