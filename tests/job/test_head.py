@@ -1,4 +1,4 @@
-"""The chunked head gives what the model's own head gives, and never holds trained tokens x vocabulary (T16, T17, T42)."""
+"""The chunked head gives what the model's own head gives, and never holds all logits (T16, T17, T42)."""
 
 from contextlib import nullcontext
 from typing import Any
