@@ -28,7 +28,7 @@ LABELS = --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproje
     --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*') \
     --build-arg CREATED=$(shell git log -1 --format=%cI)
 
-.PHONY: help set-up run test test-slow test-others test-image test-cluster test-cluster-full bench-launcher check format \
+.PHONY: help set-up run test test-full test-slow test-others test-image test-cluster test-cluster-full bench-launcher check format \
 	docs lock base-image image image-store clean
 
 help:  ## what there is
@@ -52,7 +52,10 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 --dist worksteal -m 'not slow and not others and not image and not cluster'
+	$(TEST) -n 2 --dist worksteal -m 'not slow and not full and not others and not image and not cluster'
+
+test-full: $(READY)  ## whole runs interrupted at every moment and by every signal; `make test` has the shorter ones
+	$(TEST) -n 2 --dist worksteal -m 'full and not cluster'
 
 test-slow: $(READY) models/SmolLM2-135M-Instruct  ## the tests that train the small model for minutes
 	$(TEST) -m slow

@@ -50,6 +50,8 @@ class ChunkedHead:
     """What logits are multiplied by."""
     softcap: float | None = None
     """Logits are bounded by ``softcap * tanh(logits / softcap)``, after the scale (Gemma 2, arXiv:2408.00118)."""
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear
+    """Multiplies ``[rows, in]`` by ``[out, in]`` transposed, and adds a bias; need not be differentiable."""
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,7 @@ class ChunkedHead:
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[chunk, vocabulary]``, a buffer of the caller's own."""
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+            logits = self.product(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -102,7 +104,8 @@ class ChunkedHead:
         if self.scale != 1.0:
             logits.mul_(self.scale)
         with torch.autocast(hidden.device.type, enabled=False):
-            return losses.double().sum(), logits.to(self.weight.dtype) @ self.weight
+            gradient = self.product(logits.to(self.weight.dtype), self.weight.t(), None)
+            return losses.double().sum(), gradient
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -165,4 +168,4 @@ def chunked_head(core: Any) -> ChunkedHead:
     if type(head.weight.data) is not Tensor:
         raise UnsupportedModel(f"the output head is held as {type(head.weight.data).__name__}")
     scale, softcap = _FAMILIES[family](core.config)
-    return ChunkedHead(head.weight, head.bias, scale, softcap)
+    return ChunkedHead(head.weight, head.bias, scale, softcap=softcap)

@@ -7,13 +7,14 @@ or whose head is not plain falls back, and the run says so.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from job import linear
 from job.attention import PACKED_ATTENTION, UnsupportedModel, attention, stock_attention
 from job.batch import Packed, Padded, pack, pad
 from job.head import ChunkedHead, Scores, chunked_head, cross_entropy_sum, scores_of
@@ -115,14 +116,19 @@ class PaddingFree(_Layout):
     device: torch.device
     head: ChunkedHead | None = None
     implementation: str = PACKED_ATTENTION
+    private: bool = False
+    """Frozen layers go through an operator that torch gives no public name (``job.linear``)."""
     padded: bool = False
 
     @property
     def name(self) -> str:
-        return "padding-free, own head" if self.head is None else "padding-free"
+        private = f", {linear.NAME}" if self.private else ""
+        return f"padding-free{private}" if self.head is not None else "padding-free, own head"
 
-    def installed(self, model: nn.Module) -> AbstractContextManager[None]:
-        return attention(model, self.implementation)
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        with attention(model, self.implementation), linear.plugged(model) if self.private else nullcontext():
+            yield
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Packed:
         return pack(rows, indices, self.device)
@@ -147,7 +153,16 @@ class PaddingFree(_Layout):
 Factory = Callable[[Any, torch.device, int], Kernel]
 """Makes a kernel for a causal language model, a device and a padding token. Raises UnsupportedModel, saying why not."""
 
+
+def _through_private_operators(core: Any, device: torch.device, padding: int) -> Kernel:
+    refusal = linear.refusal(device, core.dtype)
+    if refusal is not None:
+        raise UnsupportedModel(refusal)
+    return PaddingFree(device, replace(chunked_head(core), product=linear.product), private=True)
+
+
 _factories: list[Factory] = [
+    _through_private_operators,
     lambda core, device, padding: PaddingFree(device, chunked_head(core)),
     lambda core, device, padding: PaddingFree(device),
     lambda core, device, padding: Reference(padding, device, chunked_head(core)),

@@ -98,9 +98,8 @@ class Loop:
     kernel: Kernel
     placement: Placement
     progress: Progress = field(default_factory=Progress)
-    budget: int = 0
-    """Tokens a micro-batch may cost; 0: as the spec says. Halved where the device's memory runs out and the spec says
-    so."""
+    halvings: int = 0
+    """How often the device's memory ran out and the micro-batch was halved, as the spec may ask for."""
 
     def __post_init__(self) -> None:
         self._core = self.model.get_base_model()
@@ -110,10 +109,14 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.placement.device.type, enabled=self.placement.scales_loss)
         self._skipped = 0
         self._unread: _Figures | None = None
-        self.budget = self.budget or self.training.micro_batch_size * self.training.max_length
         workers = self.training.loader_workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
         self._ahead: dict[int, list[Future[Any]]] = {}
+
+    @property
+    def budget(self) -> int:
+        """Tokens a micro-batch may cost."""
+        return self.training.micro_batch_size * self.training.max_length >> self.halvings
 
     def run(self, should_stop: Callable[[], bool], reads: Callable[[int], bool] = _always) -> Iterator[Progress]:
         """Yields after every step; ends after the last, or after a step whose ranks know of a request to leave.
@@ -212,7 +215,7 @@ class Loop:
         if not (mine if self.placement.world == 1 else bool(all_ranks > 0)):
             return False
         self._forget()
-        self.budget //= 2
+        self.halvings += 1
         log.warning("device memory ran out; going on with micro-batches of %d tokens", self.budget)
         return True
 

@@ -112,6 +112,7 @@ def test_bad_input_ends_with_its_code_and_a_sentence(case: str, tiny_llama: Path
     assert not (run.folder / "run/manifest.json").exists()
 
 
+@pytest.mark.full
 def test_a_refused_run_does_not_block_its_folder(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_llama)
     data = tmp_path / "train.jsonl"

@@ -15,6 +15,8 @@ from tests.job.test_loop import loop_of, losses_of
 
 LENGTHS = [17, 5, 33, 9]
 DEVICE = torch.device("cpu")
+OURS = ("padding-free", "padding-free, oneDNN")
+"""Whether torch's private operator is used depends on the processor."""
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_gpt2"])
@@ -66,7 +68,7 @@ def test_supervised_tokens_are_the_same_in_both_kernels(tiny_llama: Path) -> Non
 def test_the_comparison_at_the_start_accepts_models_that_keep_rows_apart(model_folder: Path) -> None:
     model = made_model(model_folder, made_spec())
     choice = chosen(model.get_base_model(), made_rows(LENGTHS, 300), [2, 1, 3])
-    assert choice.kernel.name == "padding-free", choice.reason
+    assert choice.kernel.name in OURS, choice.reason
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -105,7 +107,7 @@ def test_a_kernel_that_is_wrong_for_the_model_is_passed_over_by_name(  # T14 T43
 ) -> None:
     core = made_model(tiny_llama, made_spec()).get_base_model()
     choice = chosen(core, made_rows(LENGTHS, 300), [2, 1, 3], kernel)
-    assert choice.kernel.name == "padding-free"
+    assert choice.kernel.name in OURS
     assert reason in choice.reason
 
 

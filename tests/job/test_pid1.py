@@ -67,8 +67,19 @@ MOMENTS: dict[str, Callable[[Pod, Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("moment", MOMENTS)
+TWO = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1), ("verify", 1))
+"""Of the moments that take long these are tried on every change, all others in the full tier."""
+QUICK = ("the start", "prepare")
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks"),
+    [
+        pytest.param(moment, ranks, marks=() if moment in QUICK or (moment, ranks) in TWO else pytest.mark.full)
+        for moment in MOMENTS
+        for ranks in (1, 2)
+    ],
+)
 def test_asked_to_leave_at_any_moment_it_leaves_in_time_and_says_so(
     moment: str, ranks: int, folder: Path, tmp_path: Path
 ) -> None:

@@ -167,7 +167,14 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
 }
 
 
-@pytest.mark.parametrize(("moment", "ranks"), [("pull", 1), ("upload", 2), ("publish", 1)])
+@pytest.mark.parametrize(
+    ("moment", "ranks"),
+    [
+        pytest.param("pull", 1, marks=pytest.mark.full),
+        ("upload", 2),
+        pytest.param("publish", 1, marks=pytest.mark.full),
+    ],
+)
 def test_asked_to_leave_while_bytes_move_it_leaves_in_time_and_loses_nothing(
     moment: str, ranks: int, straight: dict[str, Any], bucket: Bucket, proxy: Proxy
 ) -> None:
