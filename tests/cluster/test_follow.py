@@ -232,7 +232,6 @@ def test_a_connection_that_is_cut_again_and_again_loses_and_repeats_no_line(kit:
 
 
 @pytest.mark.full
-@pytest.mark.full
 def test_an_api_server_that_is_away_for_a_while_loses_no_line_and_is_said_once(kit: Kit, wire: Wire) -> None:
     job = counting(kit, "count-away", 250, 0.1)
     with following(kit, job, wire.address) as found:

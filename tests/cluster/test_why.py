@@ -63,7 +63,6 @@ def bounded(kit: Kit, kind: str, spec: str) -> Iterator[None]:
         kit.kubectl("delete", kind, "tight")
 
 
-@pytest.mark.full
 def test_an_image_that_cannot_be_pulled_ends_the_waiting(kit: Kit) -> None:
     profile = kit.profile_with("no-image", image="localhost/no-such-image:0")
     run = kit.cli("submit", str(kit.spec("no-image")), "-d", profile=profile).out.strip()
@@ -74,7 +73,6 @@ def test_an_image_that_cannot_be_pulled_ends_the_waiting(kit: Kit) -> None:
     kit.cli("cancel", run)
 
 
-@pytest.mark.full
 @pytest.mark.full
 def test_a_secret_that_is_missing_is_named_and_the_run_goes_on_once_it_is_made(kit: Kit) -> None:
     profile = kit.profile_with("no-secret", store={"secret": "made-later"})
