@@ -28,8 +28,8 @@ LABELS = --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproje
     --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*') \
     --build-arg CREATED=$(shell git log -1 --format=%cI)
 
-.PHONY: help set-up run test test-full test-slow test-others test-image test-cluster test-cluster-full bench-launcher check format \
-	docs lock base-image image image-store clean
+.PHONY: help set-up run test test-full test-slow test-others test-image test-cluster test-cluster-full bench-launcher bench-data \
+	bench-train check format docs lock base-image image image-store clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -75,6 +75,13 @@ test-cluster-full: $(READY) models/SmolLM2-135M-Instruct  ## all of them, with f
 
 bench-launcher: $(READY)  ## time the launcher's commands against what the interpreter and its client library take
 	$(BIN)/python -m tests.bench.launcher
+
+bench-train: $(READY) models/SmolLM2-135M-Instruct  ## time the training beside TRL and a plain PEFT loop; QUICK=1 for one round
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[others]' -c docker/constraints.txt
+	$(BIN)/python -m tests.bench.train $(if $(QUICK),--quick)
+
+bench-data: $(READY)  ## prepare two million rows: rows a second and peak memory (ROWS=N for another number)
+	$(BIN)/python -m tests.bench.data --rows $(or $(ROWS),2000000)
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -35,6 +35,7 @@ __all__ = [
     "delete",
     "doctor",
     "logs",
+    "merge",
     "render",
     "results",
     "retry",
@@ -219,6 +220,39 @@ def compare(runs: "Sequence[str | Path]", language: str = "en") -> str:
     if language not in LANGUAGES:
         raise SpecInvalid(f"language {language!r}: known are {', '.join(LANGUAGES)}")
     return table([results(run) for run in runs], language)
+
+
+def merge(
+    run: "str | Path",
+    output: "str | Path",
+    base: "str | Path | None" = None,
+    onto: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Makes one model of an adapter and its base, in a folder, and gives how far the two lie apart.
+
+    Args:
+        run: folder of a finished run, or of an adapter.
+        output: folder that is not there yet.
+        base: folder of the base model; left out: the one the adapter names.
+        onto: ``16bit``, the base's own weights, or ``dequantised``, those that QLoRA saw; left out: the latter for
+            QLoRA.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; left out: the base's.
+
+    Returns:
+        ``mean_kl`` (nats), ``max_abs_logit``, ``same_first_choice`` (a share) and ``tokens`` of the comparison.
+
+    Raises:
+        JobError: it cannot be merged; stderr has said why.
+    """
+    import json
+
+    from launcher.merging import merge as merged
+
+    if code := merged(str(run), str(output), str(base) if base else None, onto, dtype):
+        raise error_for(code, f"{run}: not merged (exit {code}); the lines above say why")
+    difference: dict[str, Any] = json.loads((Path(output) / "merge.json").read_text(encoding="utf-8"))["difference"]
+    return difference
 
 
 def schema() -> dict[str, Any]:

@@ -1,38 +1,33 @@
 """Chat templates: choosing one, rendering a conversation once, and finding in the text what the assistant wrote."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+from job import answers
+from job.answers import Span
 from job.errors import SpecInvalid
-from job.formats import Conversation, Example, Message
-from job.rows import RowError
-from job.templates import TEMPLATES
-
-Span = tuple[int, int]
-"""First character, and the one after the last."""
+from job.formats import Conversation, Example
+from job.messages import Message, Tool, tool_name
+from job.row_error import RowError
+from job.templates import PATCHED, TEMPLATES
 
 _TODAY = datetime(2024, 7, 26, tzinfo=UTC)
 """The day templates see: with the real one (Llama 3 writes it) another day would give other tokens and break resuming.
 It is what those templates fall back to themselves."""
 
-_THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
-_TRIMS: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    str.strip,
-    str.rstrip,
-    str.lstrip,
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
+_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": " q1\n"},
+    {"role": "assistant", "content": "<think>\nt\n</think>\n\n a1 "},
+    {"role": "user", "content": "q2"},
+    {"role": "assistant", "content": "\na2\n"},
 )
-"""What templates do to the text of an answer."""
+"""What a patched template has to write like the original before it is tried on rows."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Rendered:
 
     text: str
     answers: tuple[Span, ...]
-    """What the model is to write, each with its end-of-turn."""
+    """What the assistant says, each with its end-of-turn."""
     prompt: str
     """What the model is given when it is asked for the last answer. Usually, not always, the beginning of ``text``."""
     answer: str
@@ -50,6 +45,8 @@ class Rendered:
     """End-of-turn token after the last answer; empty if the template writes none, or for plain text."""
     way: str = "plain text"
     """How the answers were found."""
+    trained: tuple[bool, ...] = ()
+    """Which answers are trained at all (``weight``); () for every one."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +60,60 @@ class ChatTemplate:
     """Names and text of special tokens (``bos_token`` and so on) that the template may use."""
     control_tokens: tuple[str, ...]
     """Special tokens of the tokenizer, longest first; one of them ends a turn."""
+    patched: tuple[str, ...] = ()
+    """Templates with markers that write what this one, which has none, writes."""
 
     def render(self, example: Example) -> Rendered:
         """One conversation with its answers marked; plain text passes as it is.
 
         Raises:
-            RowError: the template refuses the messages, or it cannot be said which characters are the assistant's.
+            RowError: the template refuses the messages or leaves out the tools, or it cannot be said which characters
+                are the assistant's.
         """
         if not isinstance(example, Conversation):
             return plain(example.prompt, example.completion)
-        text, marked = self._run(example.messages)
-        prompt, _ = self._run(example.messages[:-1], add_generation_prompt=True)
-        last = example.messages[-1]["content"].rsplit("</think>", 1)[-1].strip()
-        if marked and last in text[slice(*marked[-1])]:
-            way, spans = "markers", marked
-        else:
-            way, spans = "sentinels", self._by_sentinels(example.messages, text)
-        return self._finish(text, spans, prompt, way)
+        messages, tools = [_written(message) for message in example.messages], example.tools
+        text, marked = self._run(self.text, messages, tools)
+        self._check_tools(tools, text)
+        prompt, _ = self._run(self.text, messages[:-1], tools, add_generation_prompt=True)
+        way, spans = self._answers(messages, tools, text, marked)
+        weights = [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"]
+        return self._finish(text, spans, prompt, way, tuple(map(bool, weights)))
 
-    def _finish(self, text: str, spans: Sequence[Span], prompt: str, way: str) -> Rendered:
+    def _answers(
+        self, messages: Sequence[Message], tools: Sequence[Tool], text: str, marked: Sequence[Span]
+    ) -> tuple[str, Sequence[Span]]:
+        """How the answers were found, and where they stand."""
+        said = [message for message in messages if message["role"] == "assistant"]
+        if _fits(marked, said, text):
+            return "markers", marked
+        for patched in self.patched:
+            written, spans = self._run(patched, messages, tools)
+            if written == text and _fits(spans, said, text):
+                return "patched template", spans
+        found = answers.find(messages, text, lambda trial: self._run(self.text, trial, tools)[0])
+        if found is None or not _fits(found, said, text):
+            raise RowError(
+                "answers not found",
+                f"chat template {self.name} rewrites answers or leaves out calls, so it is not known which tokens are "
+                f"the assistant's; put {{% generation %}} markers into it, or choose data.chat_template: "
+                f"{', '.join(TEMPLATES)}",
+            )
+        return "sentinels", found
+
+    def _check_tools(self, tools: Sequence[Tool], text: str) -> None:
+        absent = [name for name in map(tool_name, tools) if name not in text]
+        if absent:
+            raise RowError("tools left out", f"chat template {self.name} does not write the row's tools ({absent[0]})")
+
+    def _finish(self, text: str, spans: Sequence[Span], prompt: str, way: str, trained: tuple[bool, ...]) -> Rendered:
         start, end = spans[-1]
         # Whatever follows the prompt the model is asked with, an empty <think></think> too, is for the model to write.
         if text.startswith(prompt) and len(prompt) <= start:
             start = len(prompt)
         end, after, ending = self._ending(text, start, end)
-        answers = [(a, self._ending(text, a, b, only=ending)[1]) for a, b in spans[:-1]]
-        return Rendered(text, (*answers, (start, after)), prompt, text[start:end], ending, way)
+        earlier = [(a, self._ending(text, a, b, only=ending)[1]) for a, b in spans[:-1]]
+        return Rendered(text, (*earlier, (start, after)), prompt, text[start:end], ending, way, trained)
 
     def _ending(self, text: str, start: int, end: int, only: str | None = None) -> tuple[int, int, str]:
         """End of the answer itself, end with its end-of-turn token, and that token ("" for none)."""
@@ -102,38 +127,22 @@ class ChatTemplate:
                 return end, following + len(token), token
         return end, end, ""
 
-    def _by_sentinels(self, messages: Sequence[Message], text: str) -> list[Span]:
-        """Renders once more with marks for answers, and puts the answers back to see where they stand.
-
-        Raises:
-            RowError: the result is not ``text``, so the template rewrites answers in a way not foreseen.
-        """
-        slots = list(_slots(messages))
-        marked = iter(slots)
-        replaced = [
-            message | {"content": next(marked).marked} if message["role"] == "assistant" else message
-            for message in messages
-        ]
-        skeleton, _ = self._run(replaced)
-        for trims in product(_TRIMS, repeat=2):
-            spans = _fill(skeleton, slots, text, *trims)
-            if spans is not None:
-                return spans
-        raise RowError(
-            "answers not found",
-            f"chat template {self.name} rewrites answers, so it is not known which tokens are the assistant's; put "
-            f"{{% generation %}} markers into it, or choose data.chat_template: {', '.join(TEMPLATES)}",
-        )
-
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def _run(
+        self,
+        template: str,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
         """The text, and the spans between generation markers if the template has some."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             (text,), spans = render_jinja_template(
                 [list(messages)],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self._has_markers,
+                tools=list(tools) or None,
+                chat_template=template,
+                return_assistant_tokens_mask=_has_markers(template),
                 add_generation_prompt=add_generation_prompt,
                 **self.special,
             )
@@ -142,57 +151,33 @@ class ChatTemplate:
             raise RowError("refused by the chat template", f"{self.name}: {reason}") from error
         return text, [span for span in spans[0] if span[0] < span[1]] if spans else []
 
-    @property
-    def _has_markers(self) -> bool:
-        return _GENERATION.search(self.text) is not None
+    def with_patches(self) -> "ChatTemplate":
+        """The same, knowing which of ``PATCHED`` write what it writes; those with markers of their own need none."""
+        if _has_markers(self.text):
+            return self
+        fitting = (template for template in PATCHED if self._writes_the_same(template))
+        return replace(self, patched=tuple(fitting))
+
+    def _writes_the_same(self, template: str) -> bool:
+        try:
+            return self._run(self.text, _PROBE)[0] == self._run(template, _PROBE)[0]
+        except RowError:
+            return False
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Marks that stand for one answer (and the thought before it) in a trial render."""
-
-    marked: str
-    parts: tuple[tuple[str, str], ...]
-    """Mark and text. The thought comes first; a template may leave it out."""
+def _has_markers(template: str) -> bool:
+    return _GENERATION.search(template) is not None
 
 
-def _slots(messages: Sequence[Message]) -> Iterator[_Slot]:
-    everything = "".join(message["content"] for message in messages)
-    salt = next(salt for salt in map(str, range(len(everything) + 1)) if f"\ue0f0{salt}." not in everything)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        answer_mark, thought_mark = (f"\ue0f0{salt}.{kind}{i}\ue0f1" for kind in "at")
-        thought = _THOUGHT.fullmatch(message["content"])
-        if thought is None:
-            yield _Slot(answer_mark, ((answer_mark, message["content"]),))
-        else:
-            marked = f"<think>\n{thought_mark}\n</think>\n\n{answer_mark}"
-            parts = ((thought_mark, thought["thought"].strip("\n")), (answer_mark, thought["rest"].lstrip("\n")))
-            yield _Slot(marked, parts)
+def _written(message: Message) -> dict[str, Any]:
+    """A message as templates see it: what says how it is trained is not for them."""
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
-def _fill(
-    skeleton: str, slots: Sequence[_Slot], text: str, trim: Callable[[str], str], trim_thought: Callable[[str], str]
-) -> list[Span] | None:
-    """Where the answers stand if putting them in place of their marks gives exactly ``text``."""
-    filled, spans, read = "", [], 0
-    for slot in slots:
-        start = None
-        for i, (mark, content) in enumerate(slot.parts):
-            is_answer = i == len(slot.parts) - 1
-            if skeleton.count(mark) != 1:
-                if is_answer:
-                    return None
-                continue
-            position = skeleton.index(mark)
-            filled += skeleton[read:position]
-            if start is None:
-                start = len(filled) if is_answer else max(filled.rfind("<think>"), 0)
-            filled += (trim if is_answer else trim_thought)(content)
-            read = position + len(mark)
-        spans.append((start or 0, len(filled)))
-    return spans if filled + skeleton[read:] == text else None
+def _fits(spans: Sequence[Span], said: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether there is a stretch for every message of the assistant, and it holds what that one says."""
+    pairs = zip(spans, said, strict=False)
+    return len(spans) == len(said) and all(answers.holds(span, message, text) for span, message in pairs)
 
 
 def plain(prompt: str, completion: str) -> Rendered:
@@ -275,9 +260,8 @@ def _template(name: str, text: str, tokenizer: Any) -> ChatTemplate:
     compiled.globals["strftime_now"] = _TODAY.strftime
     control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     control |= set(tokenizer.all_special_tokens)
-    return ChatTemplate(
-        name, text, dict(tokenizer.special_tokens_map), tuple(sorted(control, key=lambda token: (-len(token), token)))
-    )
+    longest_first = tuple(sorted(control, key=lambda token: (-len(token), token)))
+    return ChatTemplate(name, text, dict(tokenizer.special_tokens_map), longest_first).with_patches()
 
 
 def _names() -> str:

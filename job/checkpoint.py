@@ -6,7 +6,8 @@ There is no random state in it: order and dropout of a step are functions of the
 
 import logging
 import platform
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from job.adapter import load_adapter, save_adapter, trained
 from job.errors import Conflict, IntegrityFailure
 from job.files import read_json, sealing, write_json
 from job.layout import CHECKPOINT_STATE, checkpoint_name
-from job.model import load_adapter, save_adapter, trained
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
+BEST = "best"
+"""Folder in a checkpoint: the adapter of the lowest evaluation loss before it, where that is to be published."""
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
@@ -45,8 +48,12 @@ class State:
     """CPU, threads, device and library versions: equal ones resume bit for bit."""
     scaler: dict[str, Any]
     """State of the loss scale; empty where there is none."""
+    halvings: int = 0
+    """How often the micro-batch was halved for want of device memory; a resumed run begins with what fitted."""
     eval_loss: float | None = None
     """Evaluation loss at this step, if it was measured."""
+    course: dict[str, Any] = field(default_factory=dict)
+    """How the evaluation loss went up to here; see ``job.course.Course``."""
 
 
 def environment(device: torch.device, world: int) -> dict[str, Any]:
@@ -69,8 +76,14 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def save(folder: Path, model: PeftModel, optimizer: Optimizer, state: State, formats: str) -> Path:
+def save(
+    folder: Path, model: PeftModel, optimizer: Optimizer, state: State, formats: str, best: Path | None = None
+) -> Path:
     """Seals a checkpoint below ``folder``: whole under its name, or not there.
+
+    Args:
+        best: folder of the best adapter so far, to be carried along; absent or None: there is none. That of this very
+            step is not carried twice.
 
     Returns:
         Its folder, ``checkpoint-<step>``.
@@ -81,6 +94,8 @@ def save(folder: Path, model: PeftModel, optimizer: Optimizer, state: State, for
         save_adapter(model, scratch, formats)
         tensors, numbers = _flatten(optimizer, list(trained(model)))
         save_file(tensors, scratch / OPTIMIZER)
+        if best is not None and best.exists() and state.course.get("best_step") != state.step:
+            shutil.copytree(best, scratch / BEST)
         write_json(scratch / CHECKPOINT_STATE, asdict(state) | {"optimizer": numbers})
     return target
 
@@ -159,7 +174,7 @@ def _unflatten(
         if name not in index_of:
             raise IntegrityFailure(f"checkpoint: its optimizer knows a parameter this run does not: {name}")
         place = state.setdefault(index_of[name], {})
-        for field in fields[:-1]:
-            place = place.setdefault(field, {})
+        for key in fields[:-1]:
+            place = place.setdefault(key, {})
         place[fields[-1]] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

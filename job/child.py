@@ -24,11 +24,14 @@ def setup_child() -> None:
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor:
         identity = Identity(**json.loads(supervisor))
-        threading.Thread(target=_leave_with, args=(identity,), daemon=True, name="supervisor-watch").start()
+        threading.Thread(target=leave_with, args=(identity,), daemon=True, name="supervisor-watch").start()
 
 
-def _leave_with(supervisor: Identity) -> None:
-    """A worker whose supervisor was killed must not train on unseen; accelerate between them passes nothing on."""
+def leave_with(supervisor: Identity) -> None:
+    """Ends this process when another is gone; for a thread.
+
+    A worker whose supervisor was killed must not train on unseen; accelerate between them passes nothing on.
+    """
     while not is_gone(supervisor):
         time.sleep(0.5)
     os._exit(1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job import layout, transfer
-from job.errors import AccessDenied, InternalError, JobError, TemporaryFailure
+from job.errors import AccessDenied, InternalError, Interrupted, JobError, TemporaryFailure
 from job.files import read_json
 from job.own import Ownership
 from job.store import Store, foreseen
@@ -59,6 +59,8 @@ class Courier:
         self._work = threading.Lock()
         self._sending: Path | None = None
         self._queue = threading.Lock()
+        self._aside: threading.Thread | None = None
+        self._leave_aside = threading.Event()
         # Two threads: a status that cannot be written must not hold a checkpoint up, nor the other way round.
         self._threads = [
             threading.Thread(target=body, name=name, daemon=True)
@@ -73,6 +75,33 @@ class Courier:
     def tell(self) -> None:
         """Has the status written soon: the phase is another."""
         self._tell_now.set()
+
+    def send_aside(self, what: str, send: Callable[[Callable[[], None], Callable[[], None]], None]) -> None:
+        """Sends something in a thread of its own, so that no checkpoint waits for it. A failure costs a warning only.
+
+        Args:
+            what: for that warning.
+            send: gets two calls that raise: one if the run is another attempt's, one if the courier is to leave.
+        """
+        self._aside = threading.Thread(target=self._send_aside, args=(what, send), name="aside", daemon=True)
+        self._aside.start()
+
+    def stop_aside(self, seconds: float) -> None:
+        """Ends what ``send_aside`` began, as it stands, after at most ``seconds``."""
+        self._leave_aside.set()
+        if self._aside is not None:
+            self._aside.join(seconds)
+
+    def _send_aside(self, what: str, send: Callable[[Callable[[], None], Callable[[], None]], None]) -> None:
+        def tick() -> None:
+            if self._leave_aside.is_set() or self._leave.is_set():
+                raise Interrupted("the courier leaves")
+
+        try:
+            send(self._ownership.check, tick)
+        except Exception as error:
+            if not (self._leave_aside.is_set() or self._leave.is_set()):
+                log.warning("%s: not kept in the store (%s)", what, error)
 
     def check(self) -> None:
         """Raises what ends the attempt: the run is another attempt's, or the store refuses for good.
@@ -206,6 +235,6 @@ def _best(store: Store) -> int | None:
     measured: list[tuple[Any, int]] = [
         (commit.record["eval_loss"], commit.step)
         for commit in transfer.committed(store)
-        if commit.record.get("eval_loss")
+        if commit.record.get("eval_loss") is not None
     ]
     return min(measured)[1] if measured else None

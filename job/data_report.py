@@ -51,9 +51,22 @@ def no_evaluation(spec: JobSpec, counts: Counts, split_from: int) -> str | None:
     )
 
 
+def sources_of(train: Counts, spec: JobSpec) -> dict[str, dict[str, Any]]:
+    """For each training file what it gives: rows, tokens, and the rows of an epoch by its weight."""
+    return {
+        source.source: {
+            "rows": train.source_rows[index],
+            "tokens": train.source_tokens[index],
+            "weight": source.weight,
+            "rows_per_epoch": round(source.weight * train.source_rows[index]),
+        }
+        for index, source in enumerate(spec.data.train)
+    }
+
+
 def lines_of(report: Mapping[str, Any]) -> list[str]:
     """A few lines of the report for the log."""
-    lines = [f"{name}: {shape}" for name, shape in report["files"].items()]
+    lines = [_file_line(name, shape, report["sources"].get(name)) for name, shape in report["files"].items()]
     for name, words in (("train", "training"), ("eval", "evaluation")):
         if report[name] is not None:
             lines += _set_lines(words, report[name])
@@ -65,14 +78,27 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"warning: {warning}" for warning in report["warnings"])]
 
 
+def _file_line(name: str, shape: str, source: Mapping[str, Any] | None) -> str:
+    if source is None:
+        return f"{name}: {shape}"
+    weighted = f", weight {source['weight']:g}: {source['rows_per_epoch']:,} an epoch" if source["weight"] != 1 else ""
+    return f"{name}: {shape}, {source['rows']:,} training rows{weighted}"
+
+
 def _set_lines(words: str, counts: Mapping[str, Any]) -> list[str]:
     dropped = "".join(f", {count} dropped ({reason})" for reason, count in counts["dropped"].items())
-    cut = f", {counts['cut']} cut" if counts["cut"] else ""
-    same = counts.get("duplicates", 0), counts.get("also_in_train", 0)
-    equal = f", {same[0]} duplicates" if same[0] else f", {same[1]} also in the training data" if same[1] else ""
+    cut = "".join(f", {count} cut ({reason})" for reason, count in counts["cut_by"].items())
+    same = "".join(
+        f", {counts[key]:,} {what}"
+        for key, what in (("duplicates", "duplicates"), ("also_in_train", "also in the training data"))
+        if counts.get(key)
+    )
+    lost = f", {counts['lost_tokens']:,} more lost in rows dropped or cut" if counts["lost_tokens"] else ""
     length = counts["length"]
+    lengths = ", ".join(f"{rows:,} up to {bound:,}" for bound, rows in counts["histogram"])
     return [
-        f"{words} rows: {counts['kept']:,} of {counts['read']:,}{dropped}{cut}{equal}",
-        f"{words} tokens: {counts['tokens']:,}, {counts['supervised']:,} of them trained; a row has {length['p50']:,} "
-        f"at the median, {length['p99']:,} at the 99th percentile, {length['max']:,} at most",
+        f"{words} rows: {counts['kept']:,} of {counts['read']:,}{dropped}{cut}{same}",
+        f"{words} tokens: {counts['tokens']:,}, {counts['supervised']:,} of them trained{lost}; a row has "
+        f"{length['p50']:,} at the median, {length['p99']:,} at the 99th percentile, {length['max']:,} at most",
+        f"{words} rows by tokens: {lengths}",
     ]

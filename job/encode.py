@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from job.chat import Rendered, Span
+from job.chat import Rendered
 from job.errors import SpecInvalid
 
 Ids = npt.NDArray[np.int32]
@@ -22,7 +22,7 @@ class Encoded:
     trained: Mask
     """Which tokens the loss counts. Never the first: nothing stands before it that could predict it."""
     prompt: Ids
-    """What the model is given when it is asked for the last answer."""
+    """What the model is given when it is asked for the last answer; empty where nobody will ask."""
     answer: str
     """The last answer."""
 
@@ -52,29 +52,35 @@ class Encoder:
         self._prefix = _prefix(tokenizer)
         self._backend = _bare(tokenizer)
 
-    def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
-        """The rows as tokens, in order."""
-        texts = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
-        prompts = self._backend.encode_batch([row.prompt for row in rows], add_special_tokens=False)
-        return [self._row(row, text, prompt) for row, text, prompt in zip(rows, texts, prompts, strict=True)]
+    def encode(self, rows: Sequence[tuple[Rendered, bool]]) -> list[Encoded]:
+        """The rows as tokens, in order; each with its prompt if it is asked for, else with an empty one."""
+        texts = self._tokens([row.text for row, _ in rows])
+        prompts = iter(self._tokens([row.prompt for row, needs_prompt in rows if needs_prompt]))
+        pairs = zip(rows, texts, strict=True)
+        return [self._row(row, text, next(prompts) if needs_prompt else None) for (row, needs_prompt), text in pairs]
+
+    def _tokens(self, texts: list[str]) -> Any:
+        return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _row(self, row: Rendered, text: Any, prompt: Any) -> Encoded:
         tokens = np.array(text.ids, dtype=np.int32)
-        trained = self._mask(row.answers, np.array(text.offsets, dtype=np.int64).reshape(-1, 2))
+        trained = self._mask(row, np.array(text.offsets, dtype=np.int64).reshape(-1, 2))
         if row.way == "plain text" and (len(tokens) == 0 or tokens[-1] != self._eos):
             tokens, trained = np.append(tokens, np.int32(self._eos)), np.append(trained, True)
         tokens, trained = self._prefixed(tokens), self._prefixed(tokens, trained)
         trained[:1] = False
-        return Encoded(tokens, trained, self._prefixed(np.array(prompt.ids, dtype=np.int32)), row.answer)
+        asked = self._prefixed(np.array(prompt.ids, dtype=np.int32)) if prompt is not None else tokens[:0]
+        return Encoded(tokens, trained, asked, row.answer)
 
-    def _mask(self, answers: Sequence[Span], offsets: npt.NDArray[np.int64]) -> Mask:
-        if self._train_on == "all":
-            return np.ones(len(offsets), dtype=np.bool_)
+    def _mask(self, row: Rendered, offsets: npt.NDArray[np.int64]) -> Mask:
         # A token that covers no character of its own (SentencePiece's added space) belongs to the character it is at.
         starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-        trained = np.zeros(len(offsets), dtype=np.bool_)
-        for start, end in answers[-1:] if self._train_on == "last" else answers:
-            trained |= (starts < end) & (ends > start)
+        trained = np.full(len(offsets), self._train_on == "all")
+        counts = row.trained or (True,) * len(row.answers)
+        chosen = list(zip(row.answers, counts, strict=True))
+        for (start, end), is_trained in chosen[-1:] if self._train_on == "last" else chosen:
+            touched = (starts < end) & (ends > start)
+            trained = trained | touched if is_trained else trained & ~touched
         return trained
 
     def _prefixed(self, tokens: Ids, values: Any = None) -> Any:
@@ -98,7 +104,7 @@ class Encoder:
         if excess > room:
             return None
         cut = slice(count, count + excess)
-        prompt = np.delete(row.prompt, cut)
+        prompt = np.delete(row.prompt, cut) if len(row.prompt) else row.prompt
         return replace(row, tokens=np.delete(row.tokens, cut), trained=np.delete(row.trained, cut), prompt=prompt)
 
 

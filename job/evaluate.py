@@ -1,25 +1,22 @@
-"""Base and tuned model on the same held-out rows: token-weighted loss, perplexity, accuracy, exact match."""
+"""Base and tuned model on the same held-out rows: token-weighted loss, perplexity and accuracy, by row."""
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from job.attention import attention, stock_attention
 from job.device import Placement
+from job.errors import InternalError
+from job.figures import OF_TOKENS, Array, figures
+from job.head import Scores
 from job.kernels import Kernel
-from job.order import micro_batches
 from job.prepared import Rows
-
-log = logging.getLogger(__name__)
 
 
 class StopAsked(Exception):
@@ -38,13 +35,8 @@ class Figures:
     """Share of trained tokens that the model, given the right beginning, ranks first."""
     tokens: int
     """Trained tokens measured."""
-    exact_match: float | None = None
-    """Share of generated answers equal to the row's, white space at the ends aside; None if none were generated."""
-    generated_rows: int = 0
-
-    def record(self) -> dict[str, Any]:
-        """As it stands in JSON."""
-        return asdict(self)
+    sums: Array = field(compare=False, repr=False)
+    """Of each row, ``[rows, 3]``: loss, tokens ranked first, tokens."""
 
 
 @torch.no_grad()
@@ -60,109 +52,81 @@ def measure(
 ) -> Figures:
     """Loss and accuracy on the first ``limit`` rows, in batches of up to ``budget`` tokens of similar length.
 
-    Leaves the training untouched: no random number is drawn, and the mode is put back.
+    Leaves the training untouched: no random number is drawn, and the mode is put back. The ranks share the batches,
+    and each knows all figures in the end.
 
     Raises:
         StopAsked: ``should_stop`` said so between two batches.
     """
     count = len(rows) if limit is None else min(limit, len(rows))
-    groups = micro_batches([int(length) for length in rows.lengths[:count]], budget, kernel.padded)
-    sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
-    with _evaluating(core), kernel.installed(core):
-        for group in groups[placement.rank :: placement.world]:
+    groups = by_length(rows.lengths[:count], budget, kernel.padded)
+    sums = torch.zeros((count, 3), dtype=torch.float64, device=placement.device)
+    with evaluating(core), kernel.installed(core):
+        for group, counts in dealt(groups, placement):
             on_batch()
             if should_stop():
                 raise StopAsked
             with placement.autocast():
                 scores = kernel.score(core, kernel.collate(rows, group))
-            loss, right = scores.losses.double().sum(), scores.right.double().sum()
-            sums += torch.stack([loss, right, torch.full_like(loss, len(scores.right))])
+            if counts:
+                _add(sums, rows, group, scores)
+    whole = over_ranks(sums, placement)
+    return Figures(**figures(whole, OF_TOKENS), tokens=int(whole[:, 2].sum()), sums=whole)
+
+
+def over_ranks(sums: Tensor, placement: Placement) -> Array:
+    """Sums of rows ``[rows, columns]``, each row of which one rank has filled, as every rank gets to know them."""
     if placement.world > 1:
         dist.all_reduce(sums)
-    total, right_total, tokens = sums.tolist()
-    mean = total / tokens if tokens else math.nan
-    return Figures(mean, math.exp(mean) if mean < 700 else math.inf, right_total / max(1.0, tokens), int(tokens))
+    return sums.cpu().numpy()
 
 
-@torch.no_grad()
-def exact_match(
-    core: nn.Module,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: Sequence[int],
-    placement: Placement,
-    count: int,
-    max_new_tokens: int,
-    batch_rows: int = 16,
-    on_batch: Callable[[], None] = lambda: None,
-) -> float:
-    """Share of the first ``count`` rows answered word for word by greedy generation."""
-    wanted = sorted(range(min(count, len(rows))), key=lambda row: len(rows.prompt(row)))
-    batches = [wanted[start : start + batch_rows] for start in range(0, len(wanted), batch_rows)]
-    right = 0
-    positions = _positions(core)
-    with _evaluating(core), attention(core, stock_attention(core)):
-        for batch in batches[placement.rank :: placement.world]:
-            on_batch()
-            room = positions - max(len(rows.prompt(row)) for row in batch)
-            if room < 1:
-                log.warning(
-                    "%d prompts leave no room for an answer in %d positions: counted as wrong", len(batch), positions
-                )
-                continue
-            limit = min(max_new_tokens, room)
-            answers = _generate(core, rows, batch, tokenizer, end_ids, placement, limit)
-            right += sum(answer.strip() == rows.answer(row).strip() for answer, row in zip(answers, batch, strict=True))
-    total = torch.tensor(float(right), device=placement.device)
-    if placement.world > 1:
-        dist.all_reduce(total)
-    return float(total) / max(1, len(wanted))
+def dealt(groups: Sequence[list[int]], placement: Placement) -> list[tuple[list[int], bool]]:
+    """This rank's groups, each with whether it counts.
+
+    Every rank gets as many, for a shared base is gathered by all of them together: whoever has fewer goes through one
+    more that another rank has, for nothing.
+    """
+    mine = [(group, True) for group in groups[placement.rank :: placement.world]]
+    passes = -(-len(groups) // placement.world)
+    return mine + [(group, False) for group in [*groups[-1:]] * (passes - len(mine))]
 
 
-def _positions(core: Any) -> int:
-    """Tokens the model can tell apart by position; embeddings of learned positions fail beyond."""
-    found = getattr(core.config, "max_position_embeddings", None) or getattr(core.config, "n_positions", None)
-    return int(found) if found else 1 << 30
+def _add(sums: Tensor, rows: Rows, group: Sequence[int], scores: Scores) -> None:
+    """Adds a batch's scores, which come row by row, to the sums of its rows."""
+    counts = torch.from_numpy(rows.supervised[list(group)].astype("int64"))
+    if int(counts.sum()) != len(scores.losses):
+        raise InternalError(f"{len(scores.losses)} tokens were scored where the rows have {int(counts.sum())}")
+    owners = torch.tensor(list(group)).repeat_interleave(counts).to(sums.device)
+    values = torch.stack([scores.losses.double(), scores.right.double(), torch.ones_like(scores.losses).double()], 1)
+    sums.index_add_(0, owners, values)
 
 
-def _generate(
-    core: nn.Module,
-    rows: Rows,
-    batch: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: Sequence[int],
-    placement: Placement,
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers to a batch of prompts, padded on the left."""
-    prompts = [torch.from_numpy(rows.prompt(row).astype("int64")) for row in batch]
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.full((len(prompts), longest), end_ids[0], dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for line, prompt in enumerate(prompts):
-        tokens[line, longest - len(prompt) :] = prompt
-        mask[line, longest - len(prompt) :] = 1
-    # Settings of our own: the model's may sample, or limit the length of prompt and answer together.
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(end_ids),
-        pad_token_id=end_ids[0],
-        use_cache=True,
-    )
-    with placement.autocast():
-        generator: Any = core
-        output: Tensor = generator.generate(
-            input_ids=tokens.to(placement.device),
-            attention_mask=mask.to(placement.device),
-            generation_config=settings,
-        )
-    answers: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return answers
+def by_length(lengths: npt.NDArray[np.int32], budget: int, padded: bool) -> list[list[int]]:
+    """Rows in batches of similar length that cost at most ``budget`` tokens each, the longest first.
+
+    Args:
+        lengths: tokens of each row.
+        budget: tokens a batch may cost; a row alone may exceed it.
+        padded: a batch costs its longest row times its rows; otherwise the sum of its rows.
+    """
+    groups: list[list[int]] = []
+    cost = budget + 1
+    for row in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[row])
+        grown = int(lengths[groups[-1][0]]) * (len(groups[-1]) + 1) if groups and padded else cost + length
+        if not groups or grown > budget:
+            groups.append([int(row)])
+            cost = length
+        else:
+            groups[-1].append(int(row))
+            cost = grown
+    return groups
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout while the block runs."""
     was_training = model.training
     model.eval()
     try:

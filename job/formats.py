@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from job.errors import DataInvalid, SpecInvalid
-from job.rows import RowError, is_text
-
-Message = dict[str, str]
-"""``role`` and ``content``."""
+from job.messages import Message, Tool, filled, messages_of, text_of, tools_of
+from job.row_error import RowError
 
 
 @dataclass(frozen=True)
@@ -18,6 +16,8 @@ class Conversation:
     """Messages for a chat template; the last one is the assistant's."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    """What the model may call."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class Shape:
 
     format: str
     columns: Mapping[str, str]
-    """Part (prompt, completion, input, system, messages or text) to column."""
+    """Part (prompt, completion, input, system, messages, tools or text) to column. Those that may be absent are here
+    whether the first row has them or not: a later one may."""
+    seen: tuple[str, ...] = ()
+    """The columns that the first row has."""
 
     def __str__(self) -> str:
-        return f"{self.format} ({', '.join(self.columns.values())})"
+        return f"{self.format} ({', '.join(self.seen)})"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class _Known:
 
 
 _KNOWN = (
-    _Known("messages", {"messages": "messages"}, {}),
-    _Known("sharegpt", {"messages": "conversations"}, {"system": "system"}),
+    _Known("messages", {"messages": "messages"}, {"tools": "tools"}),
+    _Known("sharegpt", {"messages": "conversations"}, {"system": "system", "tools": "tools"}),
     _Known("alpaca", {"prompt": "instruction", "completion": "output"}, {"input": "input", "system": "system"}),
     _Known("prompt_completion", {"prompt": "prompt", "completion": "completion"}, {"system": "system"}),
     _Known("prompt_completion", {"prompt": "question", "completion": "answer"}, {"system": "system"}),
@@ -63,20 +66,6 @@ _KNOWN = (
     _Known("text", {"text": "text"}, {}),
 )
 """Tried from the top: a row with more than one of them is the first."""
-
-_ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
-_NEXT = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-"""Which roles may follow a role; "" is the beginning."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -107,7 +96,8 @@ def recognise(found: Collection[str], wanted: str | None, named: Mapping[str, st
         needed = {part: named.get(part, name) for part, name in known.needed.items()}
         if {*needed.values(), *named.values()} <= set(found):
             optional = {part: named.get(part, name) for part, name in known.optional.items()}
-            return Shape(known.format, needed | {part: name for part, name in optional.items() if name in found})
+            columns = needed | optional
+            return Shape(known.format, columns, tuple(name for name in columns.values() if name in found))
     raise DataInvalid(f"{origin}: " + _unrecognised(found, wanted, named))
 
 
@@ -152,7 +142,7 @@ def example_of(values: Mapping[str, Any], shape: Shape, has_template: bool) -> E
         RowError: the row lacks a column, holds something else than text, or its roles are out of order.
     """
     if "messages" in shape.columns:
-        return Conversation(_conversation(values, shape))
+        return _conversation(values, shape)
     if "text" in shape.columns:
         return PlainText("", _answer(values, shape.columns["text"]))
     prompt = _string(values, shape.columns["prompt"])
@@ -175,45 +165,11 @@ def _turn(system: str, prompt: str, completion: str) -> tuple[Message, ...]:
     return tuple({"role": role, "content": content} for role, content in pairs)
 
 
-def _conversation(values: Mapping[str, Any], shape: Shape) -> tuple[Message, ...]:
-    column = shape.columns["messages"]
-    items = _present(values, column)
-    if not isinstance(items, list) or not items:
-        raise RowError("not a list of messages", f"column {column!r}")
-    messages = [_message(item, f"{column}[{i}]") for i, item in enumerate(items)]
+def _conversation(values: Mapping[str, Any], shape: Shape) -> Conversation:
+    column, tools = shape.columns["messages"], shape.columns.get("tools")
     system = _optional(values, shape.columns.get("system"))
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    _check_order(messages, column)
-    return tuple(messages)
-
-
-def _message(item: Any, where: str) -> Message:
-    """``{role, content}`` or ``{from, value}``."""
-    if not isinstance(item, Mapping):
-        raise RowError("not a message", f"{where} is not an object with role and content")
-    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    name = _text(item.get(role_key), f"{where}.{role_key}")
-    role = _ROLES.get(name.lower())
-    if role is None:
-        raise RowError("unknown role", f"{where}.{role_key} is {name!r}; known are {', '.join(_ROLES)}")
-    content = _text(item.get(content_key), f"{where}.{content_key}")
-    if role == "assistant":
-        _not_empty(content, f"{where}.{content_key}")
-    return {"role": role, "content": content}
-
-
-def _check_order(messages: Sequence[Message], column: str) -> None:
-    before = ""
-    for i, message in enumerate(messages):
-        allowed = _NEXT[before]
-        if message["role"] not in allowed:
-            place = f"after {before}" if before else "first"
-            problem = f"{column}[{i}] is {message['role']}; {place} comes {' or '.join(allowed)}"
-            raise RowError("roles out of order", problem)
-        before = message["role"]
-    if before != "assistant":
-        raise RowError("no answer at the end", f"{column} ends with {before}; the last message is the assistant's")
+    messages = messages_of(_present(values, column), column, system)
+    return Conversation(messages, tools_of(values.get(tools), f"column {tools!r}") if tools is not None else ())
 
 
 def _present(values: Mapping[str, Any], column: str) -> Any:
@@ -223,39 +179,25 @@ def _present(values: Mapping[str, Any], column: str) -> Any:
 
 
 def _string(values: Mapping[str, Any], column: str) -> str:
-    return _text(_present(values, column), f"column {column!r}")
+    return text_of(_present(values, column), f"column {column!r}")
 
 
 def _optional(values: Mapping[str, Any], column: str | None) -> str:
     """Empty where the column is absent or null."""
     value = values.get(column) if column is not None else None
-    return "" if value is None else _text(value, f"column {column!r}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise RowError("not text", f"{where} is {kind}; text is needed")
-    if "\0" in value or not is_text(value):
-        raise RowError("not text", f"{where} holds a NUL character or half a surrogate pair")
-    return value
+    return "" if value is None else text_of(value, f"column {column!r}")
 
 
 def _answer(values: Mapping[str, Any], column: str) -> str:
-    return _not_empty(_string(values, column), f"column {column!r}")
-
-
-def _not_empty(value: str, where: str) -> str:
-    if not value.strip():
-        raise RowError("empty answer", f"{where} is empty, so nothing could be learnt from it")
-    return value
+    return filled(_string(values, column), f"column {column!r}")
 
 
 def key_of(example: Example) -> bytes:
     """SHA-256 of the content of an example: equal for rows that train the same, whatever else their files hold."""
-    parts = (
-        list(example.messages) if isinstance(example, Conversation) else {"p": example.prompt, "c": example.completion}
-    )
+    parts: Any = {"p": example.prompt, "c": example.completion} if isinstance(example, PlainText) else None
+    if isinstance(example, Conversation):
+        # Rows without tools keep the key they always had, and so their side of the split.
+        parts = [*example.messages, *([{"tools": example.tools}] if example.tools else [])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).digest()
 
 

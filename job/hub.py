@@ -110,6 +110,18 @@ def pull(
     return _patiently(patience_seconds, lambda: _download(name, commit, files, to, token)), commit
 
 
+def here(name: str, revision: str | None) -> Path | None:
+    """The model in this machine's hub cache, weights or not; None if it is not there. Nothing is asked of the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, IncompleteSnapshotError, HFValidationError):
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
 def _listing(name: str, revision: str | None, token: str | None) -> tuple[str, list[HubFile]]:
     """The commit a revision is now, and the files of it that a run reads."""
     from huggingface_hub import HfApi

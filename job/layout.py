@@ -29,6 +29,9 @@ SO_FAR = "run/generation-"
 """Log and metrics of a run that is not published yet, by owner generation: an owner that lost the run without knowing
 must not write over what its successor published."""
 
+PREPARED = "run/prepared/"
+"""Tokenised rows for a pod that replaces another; gone once the run is published."""
+
 MANIFEST = "run/manifest.json"
 """Written last: no manifest, no result."""
 
@@ -46,6 +49,11 @@ def checkpoint_name(step: int, generation: int = 1) -> str:
 def checkpoint_prefix(step: int, generation: int = 1) -> str:
     """Prefix, ending in '/', of everything that belongs to one checkpoint."""
     return f"{CHECKPOINTS}{checkpoint_name(step, generation)}/"
+
+
+def prepared_prefix(key: str) -> str:
+    """Prefix, ending in '/', of the prepared rows of one key (``job.prepared_cache``); their ``COMMIT`` comes last."""
+    return f"{PREPARED}{key}/"
 
 
 def parse_checkpoint(name: str) -> tuple[int, int] | None:

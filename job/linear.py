@@ -1,13 +1,14 @@
-"""Frozen linear layers on the CPU through oneDNN, by an operator of torch that has no public name.
+"""Frozen linear layers and their adapters as one step each, on the CPU, and through oneDNN where that can be had.
 
-torch multiplies float32 matrices with MKL, which on many processors runs at half of what oneDNN gets out of them; the
-only way to oneDNN for plain float32 tensors is ``mkldnn::_linear_pointwise``, which torch's compiler uses. Because the
-name is private this module is its only door: the operator is tried on a small product first, and is used where the
-processor's flags and the shapes say so, never by timing. No weight is copied or packed, and no parameter changes.
+PEFT's layer makes several tensors as wide as the layer where one will do. ``plugged`` makes one, by torch's own product
+or by oneDNN's: torch multiplies float32 matrices with MKL, which on many processors runs at half of what oneDNN gets
+out of them, and the only way there for plain tensors is ``mkldnn::_linear_pointwise``, which torch's compiler uses.
+Because the name is private this module is its only door: the operator is tried on a small product first, and is used
+where the processor's flags and the shapes say so, never by timing. No weight is copied, and no parameter changes.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -64,6 +65,10 @@ def _wrong() -> str | None:
     return None
 
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``functional.linear``, or what does the same for ``[rows, in]`` and ``[out, in]``; need not be differentiable."""
+
+
 def _operator(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
@@ -89,15 +94,16 @@ class _Frozen(torch.autograd.Function):
     """A linear layer whose weights do not train."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
         ctx.save_for_backward(weight)
+        ctx.product = product
         return product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return product(outer.flatten(0, -2), weight.t()).view(*outer.shape[:-1], -1), None, None
+        return ctx.product(outer.flatten(0, -2), weight.t(), None).view(*outer.shape[:-1], -1), None, None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -112,54 +118,53 @@ class _Adapted(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
+        frozen: tuple[Tensor, Tensor | None],
         a: Tensor,
         b: Tensor,
         scale: float,
+        product: Product,
     ) -> Tensor:
         flat, source = x.flatten(0, -2), (x if dropped is None else dropped).flatten(0, -2)
-        narrow = product(source, a).mul_(scale)
-        ctx.save_for_backward(source, narrow, weight, a, b)
-        ctx.scale, ctx.shares = scale, dropped is None
-        return product(flat, weight, bias).addmm_(narrow, b.t()).view(*x.shape[:-1], -1)
+        narrow = product(source, a, None).mul_(scale)
+        ctx.save_for_backward(source, narrow, frozen[0], a, b)
+        ctx.scale, ctx.product, ctx.shares = scale, product, dropped is None
+        return product(flat, *frozen).addmm_(narrow, b.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         source, narrow, weight, a, b = ctx.saved_tensors
-        flat = outer.flatten(0, -2)
-        back = product(flat, b.t()).mul_(ctx.scale)
-        by_a = product(back.t(), source.t())
-        by_b = product(narrow.t(), flat.t()).t().contiguous()
+        flat, shape, product = outer.flatten(0, -2), (*outer.shape[:-1], -1), ctx.product
+        back = product(flat, b.t(), None).mul_(ctx.scale)
+        by_a = product(back.t(), source.t(), None)
+        by_b = product(narrow.t(), flat.t(), None).t().contiguous()
         by_x = by_dropped = None
-        shape = (*outer.shape[:-1], -1)
         if ctx.needs_input_grad[0]:
-            by_x = product(flat, weight.t())
+            by_x = product(flat, weight.t(), None)
             by_x = (by_x.addmm_(back, a) if ctx.shares else by_x).view(shape)
         if ctx.needs_input_grad[1]:
-            by_dropped = product(back, a.t()).view(shape)
-        return by_x, by_dropped, None, None, by_a, by_b, None
+            by_dropped = product(back, a.t(), None).view(shape)
+        return by_x, by_dropped, None, by_a, by_b, None, None
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, product: Product, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A frozen layer's forward."""
     if args or kwargs or not _fits(x):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
     else:
-        result = _Frozen.apply(x, _matrix(layer), layer.bias)  # type: ignore[no-untyped-call]
+        result = _Frozen.apply(x, _matrix(layer), layer.bias, product)  # type: ignore[no-untyped-call]
     return result
 
 
-def _adapted_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _adapted_forward(layer: Any, product: Product, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """An adapted layer's forward where it is plain LoRA; PEFT's own, with a base layer of ours, for all else."""
     adapter = _plain_adapter(layer)
     if args or kwargs or adapter is None or not _fits(x):
         return AdaptedLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    dropout, base = layer.lora_dropout[adapter], layer.base_layer
+    dropout, frozen = layer.lora_dropout[adapter], (_matrix(layer.base_layer), layer.base_layer.bias)
     dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
     a, b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-    output: Tensor = _Adapted.apply(x, dropped, _matrix(base), base.bias, a, b, scale)  # type: ignore[no-untyped-call]
+    output: Tensor = _Adapted.apply(x, dropped, frozen, a, b, scale, product)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -192,10 +197,11 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 @contextmanager
-def plugged(model: nn.Module) -> Iterator[int]:
-    """Has a model's frozen linear layers, and the LoRA adapters on them, multiply through the operator.
+def plugged(model: nn.Module, by: Product = product) -> Iterator[int]:
+    """Has a model's frozen float32 layers on the CPU, and the LoRA adapters on them, multiply by ``by``.
 
-    Walks the modules, so it stands around a loop, never inside a step. Ask ``refusal`` before.
+    Walks the modules, so it stands around a loop, never inside a step. Ask ``refusal`` before ``product`` is used;
+    ``functional.linear`` needs no permission.
 
     Yields:
         How many frozen layers do; the others are as they were.
@@ -206,9 +212,9 @@ def plugged(model: nn.Module) -> Iterator[int]:
         if "forward" in vars(module):
             continue  # somebody else's hook
         if _is_frozen(module):
-            module.forward = partial(_forward, module)
+            module.forward = partial(_forward, module, by)
         elif type(module) is AdaptedLinear and _is_frozen(module.base_layer):
-            module.forward = partial(_adapted_forward, module)
+            module.forward = partial(_adapted_forward, module, by)
         else:
             continue
         changed.append(module)

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from transformers import get_constant_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
+from job.adapter import trained
 from job.device import Placement
 from job.errors import Diverged
 from job.failures import is_out_of_memory
 from job.kernels import Kernel
-from job.model import trained
 from job.order import Indices, Order, costliest, micro_batches, share
 from job.prepared import Rows
 from job.sharded import idle_passes, is_shared

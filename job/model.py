@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +22,13 @@ from job.spec import JobSpec
 log = logging.getLogger(__name__)
 
 
+def empty(folder: Path, name: str) -> Any:
+    """The model without weights. Raises SpecInvalid where transformers knows no such model."""
+    config = _config(folder, name)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config)
+
+
 def check_targets(folder: Path, spec: JobSpec) -> None:
     """Builds the model without weights and sees that every name in the spec means a layer of it.
 
@@ -31,10 +36,7 @@ def check_targets(folder: Path, spec: JobSpec) -> None:
         SpecInvalid: `lora.target_modules` or `lora.modules_to_save` names something the model does not have; the
             message lists what there is.
     """
-    config = _config(folder, spec.model.name)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    modules = dict(model.named_modules())
+    modules = dict(empty(folder, spec.model.name).named_modules())
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     targets = spec.lora.target_modules
     if targets != "all-linear":
@@ -55,6 +57,8 @@ def quantization_config(spec: JobSpec, precision: torch.dtype) -> BitsAndBytesCo
     wanted = spec.quantized
     if wanted is None:
         return None
+    if wanted.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     compute = precision if wanted.compute_dtype == "auto" else DTYPES[wanted.compute_dtype]
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -111,16 +115,24 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
             f"model {spec.model.name}: {len(missing)} tensors of the model are not in its weight files or have "
             f"another shape, first {missing[0]}; fetch the model again"
         )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes re-packs 4-bit weights at the first evaluation on such a CPU; the packed product has no
-            # backward pass, so a training that goes on after it would pass no gradient through.
-            module.support_avx512bf16_for_cpu = False
+    keep_unpacked(model)
     if quantization is not None and placement.device.type == "cpu":
         _let_go_of_the_file(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights anew at the first evaluation on a CPU with AVX512-BF16.
+
+    The packed product has no backward pass, so a training that goes on after it would pass no gradient through; and it
+    computes in bfloat16 whatever the type of its input.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _let_go_of_the_file(model: nn.Module) -> None:
@@ -131,35 +143,7 @@ def _let_go_of_the_file(model: nn.Module) -> None:
     gc.collect()
 
 
-def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement) -> PeftModel:
-    """Puts a fresh adapter on the base: float32, seeded, and without effect until it is trained."""
-    wanted = spec.lora
-    torch.manual_seed(spec.training.seed)
-    config = LoraConfig(
-        r=wanted.r,
-        lora_alpha=wanted.alpha,
-        lora_dropout=wanted.dropout,
-        target_modules=wanted.target_modules if wanted.target_modules == "all-linear" else list(wanted.target_modules),
-        use_rslora=wanted.use_rslora,
-        bias=wanted.bias,
-        modules_to_save=list(wanted.modules_to_save) or None,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
-    config.base_model_name_or_path = spec.model.name
-    config.revision = spec.model.revision
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        # A norm whose bias trains in float32 needs a weight of the same type.
-        if isinstance(module, nn.LayerNorm) and module.bias is not None and module.bias.requires_grad:
-            module.weight.data = module.weight.data.float()
-    _recompute(model.get_base_model(), spec.training.gradient_checkpointing, placement)
-    return model
-
-
-def _recompute(core: Any, wanted: bool | str, placement: Placement) -> None:
+def recompute(core: Any, wanted: bool | str, placement: Placement) -> None:
     """Switches recomputation on where the spec, or on a GPU nothing in it, asks for it.
 
     Not by prepare_model_for_kbit_training: that would make embeddings and head float32, gigabytes on a large model.
@@ -172,34 +156,6 @@ def _recompute(core: Any, wanted: bool | str, placement: Placement) -> None:
         log.info("this model cannot recompute its activations; going on without")
     else:
         raise SpecInvalid("training.gradient_checkpointing: this model cannot recompute its activations; leave it out")
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def save_adapter(model: PeftModel, folder: Path, formats: str) -> None:
-    """Writes adapter_config.json and the weights as `safetensors`, `bin` or `both`."""
-    for safe in {"safetensors": (True,), "bin": (False,), "both": (True, False)}[formats]:
-        model.save_pretrained(folder, safe_serialization=safe, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run's own card comes with the result
-
-
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Gives an adapter in place the weights in a checkpoint: nothing is wrapped twice, nothing initialised again.
-
-    Raises:
-        IntegrityFailure: the checkpoint has other tensors than this adapter.
-    """
-    weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    found = set_peft_model_state_dict(model, weights)
-    lost = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
-    if lost or found.unexpected_keys:
-        raise IntegrityFailure(
-            f"checkpoint {folder.name}: its adapter is not this run's ({len(lost)} tensors missing, "
-            f"{len(found.unexpected_keys)} unknown)"
-        )
 
 
 def save_quantization(model: Any, folder: Path) -> None:

@@ -7,30 +7,29 @@ template that was used, report.json for people and prepared.json for the worker.
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from job import chat, outcome
 from job.child import setup_child
-from job.data_report import check_enough, lines_of, no_evaluation
+from job.data_report import check_enough, lines_of, no_evaluation, sources_of
 from job.encode import Encoder
-from job.errors import InputMissing, SpecInvalid
+from job.equal_rows import EqualRows
 from job.exits import ExitCode
-from job.files import read_json, sealing, write_json
-from job.formats import Example, Shape, example_of, is_set_aside, key_of, recognise
+from job.files import sealing, write_json
+from job.formats import Shape, recognise
 from job.inputs import Input, Inputs, read_inputs
 from job.prepared import EVAL, INFO, REPORT, TOKENIZER, TRAIN
+from job.row_maker import Batch, Made, RowMaker, batches, in_order, processes_for
 from job.row_writer import Limits, RowWriter
-from job.rows import BadRows, Row, RowError, read_rows
+from job.rows import BadRow, BadRows, Row, begins_with_header, items
 from job.spec import JobSpec, read
+from job.tokenizing import open_tokenizer
 from job.workdir import WorkDir
 
 log = logging.getLogger(__name__)
-
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
-"""What model configs call the number of positions."""
 
 
 def prepare(workdir: WorkDir) -> ExitCode:
@@ -41,38 +40,27 @@ def prepare(workdir: WorkDir) -> ExitCode:
         SpecInvalid: the model and what the spec asks of it do not go together.
     """
     spec, inputs = read(workdir.spec), read_inputs(workdir.inputs)
-    config = _model_config(inputs.model)
-    limits = Limits(spec.training.max_length, spec.training.long_rows, _vocabulary(config))
-    _check_length(spec.training.max_length, config)
-    tokenizer = _tokenizer(inputs.model)
+    with sealing(workdir.prepared) as folder:
+        for line in lines_of(prepare_into(folder, spec, inputs)):
+            log.info("%s", line)
+    return ExitCode.OK
+
+
+def prepare_into(folder: Path, spec: JobSpec, inputs: Inputs) -> dict[str, Any]:
+    """Fills an empty folder with rows, tokenizer and records; the report, as it also stands there.
+
+    Raises:
+        JobError: as ``prepare``.
+    """
+    tokenizer, limits = open_tokenizer(inputs.model, spec)
     template = chat.choose(spec.data.chat_template, tokenizer)
     if spec.lora.target_modules != "all-linear" or spec.lora.modules_to_save:
         from job.model import check_targets  # torch and peft take seconds to import, and most specs name no layer
 
         check_targets(inputs.model.path, spec)
-    with sealing(workdir.prepared) as folder:
-        pass_ = Pass(spec, inputs, template, tokenizer, limits, folder)
-        pass_.run()
-        pass_.write()
-    return ExitCode.OK
-
-
-@dataclass
-class _Seen:
-    """Keys of training examples, to find equal ones; half a digest is plenty."""
-
-    keys: set[bytes] = field(default_factory=set)
-    duplicates: int = 0
-    overlap: int = 0
-
-    def train(self, key: bytes) -> None:
-        """Counts a training row that was there before."""
-        self.duplicates += key[:16] in self.keys
-        self.keys.add(key[:16])
-
-    def evaluate(self, key: bytes) -> None:
-        """Counts an evaluation row that is trained on; call it after the training rows."""
-        self.overlap += key[:16] in self.keys
+    pass_ = Pass(spec, inputs, template, tokenizer, limits, folder)
+    pass_.run()
+    return pass_.write()
 
 
 class Pass:
@@ -94,75 +82,84 @@ class Pass:
         self.limits = limits
         self.folder = folder
         self.bad = BadRows(spec.data.max_bad_rows)
-        self.seen = _Seen()
+        self.equal = EqualRows()
         self.shapes: dict[str, str] = {}
         self.split_from = 0
-        encoder = Encoder(tokenizer, spec.data.train_on)
-        self.train = RowWriter(folder / TRAIN, encoder, limits)
-        self.eval = RowWriter(folder / EVAL, encoder, limits)
+        self.encoder = Encoder(tokenizer, spec.data.train_on)
+        self.train = RowWriter(folder / TRAIN, self.encoder, limits)
+        self.eval = RowWriter(folder / EVAL, self.encoder, limits)
         self.digest = ""
         self.eval_digest = ""
 
     def run(self) -> None:
         """Reads, splits and writes every row; refuses what could not be trained on."""
-        for index, source in enumerate(self.inputs.train):
-            for row, example, rendered in self._examples(source):
-                self._place(row, index, example, rendered)
+        with closing(self._made(self.inputs.train)) as made:
+            for row in made:
+                self._place(row)
         if self.inputs.eval is not None:
-            for row, example, rendered in self._examples(self.inputs.eval):
-                self.seen.evaluate(key_of(example))
-                self.eval.add(row, 0, rendered)
+            with closing(self._made([self.inputs.eval], are_aside=True)) as made:
+                for row in made:
+                    self._evaluate(row)
         train_digest, self.eval_digest = self.train.close(), self.eval.close()
         digests = train_digest + self.eval_digest
         self.digest = hashlib.sha256(digests.encode("ascii")).hexdigest()
         check_enough(self.train.counts, self.eval.counts, self.limits, self.spec.data.max_dropped)
 
-    def _place(self, row: Row, index: int, example: Example, rendered: chat.Rendered) -> None:
-        key = key_of(example)
+    def _place(self, row: Made) -> None:
         self.split_from += 1
-        if is_set_aside(key, self.spec.data.eval_split):
-            self.eval.add(row, index, rendered)
+        if row.is_aside:
+            self._evaluate(row)
         else:
-            self.seen.train(key)
-            self.train.add(row, index, rendered)
+            self.equal.train(row.key)
+            self.train.add(row)
 
-    def _examples(self, source: Input) -> Iterator[tuple[Row, Example, chat.Rendered]]:
-        """The usable rows of a file, as examples and as text."""
+    def _evaluate(self, row: Made) -> None:
+        self.equal.evaluate(row.key)
+        self.eval.add(row)
+
+    def _made(self, sources: Sequence[Input], are_aside: bool = False) -> Generator[Made, None, None]:
+        """The usable rows of files, in order; the others are counted."""
+        maker = RowMaker(self.template, self.encoder, 1.0 if are_aside else self.spec.data.eval_split)
+        work = (batch for number, source in enumerate(sources) for batch in self._batches(number, source))
+        with closing(in_order(maker, work, processes_for([source.path for source in sources]))) as made:
+            for row in made:
+                if isinstance(row, BadRow):
+                    self.bad.skip(row)
+                else:
+                    yield row
+
+    def _batches(self, number: int, source: Input) -> Iterator[Batch]:
         named = self.spec.data.columns.model_dump(exclude_none=True)
-        has_header = not named or not all(name.isdigit() for name in named.values())
-        shape: Shape | None = None
-        for row in read_rows(source, self.bad, has_header):
-            if shape is None:
-                shape = recognise(row.values, self.spec.data.format, named, row.origin)
-                self._accept(shape, source)
-            try:
-                example = example_of(row.values, shape, self.template is not None)
-                yield row, example, chat.render(example, self.template)
-            except RowError as problem:
-                self.bad.skip(row.source, row.number, problem)
+
+        def shape_of(row: Row) -> Shape:
+            shape = recognise(row.values, self.spec.data.format, named, row.origin)
+            self._accept(shape, source)
+            return shape
+
+        return batches(number, items(source, begins_with_header(named)), shape_of)
 
     def _accept(self, shape: Shape, source: Input) -> None:
         if self.template is None and "messages" in shape.columns:
             raise chat.refuse_messages(source.uri)
         self.shapes[source.uri] = str(shape)
 
-    def write(self) -> None:
-        """Writes the report, the tokenizer and the worker's record beside the rows."""
+    def write(self) -> dict[str, Any]:
+        """Writes the report, the tokenizer and the worker's record beside the rows; the report."""
         report = self._report()
         write_json(self.folder / REPORT, report)
         self.tokenizer.chat_template = self.template.text if self.template is not None else None
         self.tokenizer.save_pretrained(self.folder / TOKENIZER)
         write_json(self.folder / INFO, self._info(report))
-        for line in lines_of(report):
-            log.info("%s", line)
+        return report
 
     def _report(self) -> dict[str, Any]:
         train, evaluation = self.train.counts, self.eval.counts
         return {
             "files": self.shapes,
             "template": self.template.name if self.template is not None else None,
-            "train": train.record() | {"duplicates": self.seen.duplicates},
-            "eval": (evaluation.record() | {"also_in_train": self.seen.overlap}) if evaluation.kept else None,
+            "sources": sources_of(train, self.spec),
+            "train": train.record() | self.equal.in_train(),
+            "eval": (evaluation.record() | self.equal.in_evaluation()) if evaluation.kept else None,
             "no_eval": no_evaluation(self.spec, evaluation, self.split_from),
             "bad_rows": dict(self.bad.kinds),
             "bad_examples": self.bad.examples,
@@ -174,6 +171,9 @@ class Pass:
         found = []
         if self.template is not None and counts.endings[""] and counts.ways.total() != counts.ways["plain text"]:
             found.append("the chat template ends answers without an end-of-turn token; the model may not learn to stop")
+        overlap = self.equal.in_evaluation()["also_in_train"]
+        if overlap:
+            found.append(f"{overlap} evaluation rows are trained on, too; the evaluation is too good by them")
         if counts.unlike_prompt:
             found.append(
                 f"{counts.unlike_prompt} rows do not begin with the prompt the model is asked with when served"
@@ -199,45 +199,9 @@ class Pass:
             "template": report["template"],
             "masks": report["train"]["masks"],
             "no_eval": report["no_eval"],
+            "vocabulary": len(self.tokenizer),
+            "new_tokens": self.tokenizer.convert_tokens_to_ids(list(self.spec.lora.new_tokens)),
         }
-
-
-def _model_config(model: Input) -> Mapping[str, Any]:
-    try:
-        config = read_json(model.path / "config.json")
-    except FileNotFoundError:
-        raise InputMissing(f"model.from: {model.uri} has no config.json; name a folder or hub id of a model") from None
-    except ValueError as error:
-        raise SpecInvalid(f"model.from: config.json of {model.uri} is not JSON ({error})") from error
-    # Models that also see or hear keep the figures of their language part one level down.
-    return {**config, **(config.get("text_config") or {})}
-
-
-def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    size = config.get("vocab_size")
-    return size if isinstance(size, int) else None
-
-
-def _check_length(max_length: int, config: Mapping[str, Any]) -> None:
-    key = next((key for key in _POSITIONS if isinstance(config.get(key), int)), None)
-    if key is not None and max_length > config[key] > 0:
-        raise SpecInvalid(
-            f"training.max_length: {max_length} tokens, and the model has {config[key]} positions ({key} in its "
-            f"config.json); write {config[key]} or less"
-        )
-
-
-def _tokenizer(model: Input) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # its loaders raise whatever their formats do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(model.path), model.uri)
-        raise SpecInvalid(
-            f"model.from: the tokenizer of {model.uri} cannot be loaded ({reason}); the model needs a tokenizer.json, "
-            "and code of its own is not run"
-        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,7 +54,7 @@ class Rows:
         return f"{self._names[self.sources[i]]}:{self._numbers[i]}"
 
     def prompt(self, i: int) -> Ids:
-        """Token ids the model is given when it is asked for the last answer."""
+        """Token ids the model is given when it is asked for the last answer; empty for rows that are trained on."""
         return self._prompts[i]
 
     def answer(self, i: int) -> str:

@@ -5,6 +5,17 @@ from typing import Any
 
 from job.spec import JobSpec
 
+_FIGURES = {
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "extracted_match": "extracted answer",
+    "chrf": "chrF (0 to 100)",
+    "rouge_l": "ROUGE-L",
+}
+"""What the model card calls the figures."""
+
 
 def eval_results(
     run: str,
@@ -63,17 +74,27 @@ def model_card(run: str, spec: JobSpec, results: Mapping[str, Any]) -> str:
 def _evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if "skipped" in evaluation:
         return [f"None: {evaluation['skipped']}"]
-    rows = ["| | base | tuned |\n|---|---|---|"]
-    for key, words in (
-        ("loss", "loss (nats per token)"),
-        ("perplexity", "perplexity"),
-        ("token_accuracy", "token accuracy"),
-        ("exact_match", "exact match"),
-    ):
-        base, tuned = evaluation["base"][key], evaluation["tuned"][key]
-        if base is not None:
-            rows.append(f"| {words} | {base:.4f} | {tuned:.4f} |")
-    return [f"{evaluation['rows']} held-out rows.", "\n".join(rows)]
+    rows = ["| | base | tuned | difference | 95 % interval |\n|---|---|---|---|---|"]
+    for key, words in _FIGURES.items():
+        if key not in evaluation["base"]:
+            continue
+        base, tuned, difference = (evaluation[side][key] for side in ("base", "tuned", "difference"))
+        ends = (difference["low"], difference["high"])
+        interval = "-" if None in ends else "{:+.4f} to {:+.4f}".format(*ends)
+        rows.append(f"| {words} | {base:.4f} | {tuned:.4f} | {difference['value']:+.4f} | {interval} |")
+    generated, extract = evaluation["generated_rows"], evaluation["extract"]
+    answered = f"; {generated} of them answered by greedy generation" if generated else ""
+    what = f", of the answers `{extract}` is compared" if extract else ""
+    return [f"{evaluation['rows']} held-out rows{answered}{what}.", "\n".join(rows), _published(evaluation)]
+
+
+def _published(evaluation: Mapping[str, Any]) -> str:
+    """Which step's state it is, and whether the training ended before its time."""
+    step, best, early = (evaluation[key] for key in ("published_step", "best", "stopped_early"))
+    text = f"This is the state after step {step} of {evaluation['steps']}"
+    if best is not None and best["step"] == step:
+        text += f", the one of the lowest evaluation loss on the way ({best['loss']:.4f})"
+    return text + (f"; stopped early, {early['planned_steps']} steps were planned." if early else ".")
 
 
 def loading_lines(spec: JobSpec, folder: str) -> str:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from job.chat import Rendered
 from job.encode import Encoded, Encoder
 from job.errors import DataInvalid, SpecInvalid
-from job.rows import Row
+from job.row_maker import Made
 
 _BATCH_ROWS = 1000
-_BATCH_CHARACTERS = 4_000_000
-"""Bounds of what is held in memory before it is tokenised and written."""
+_BATCH_TOKENS = 1_000_000
+"""Bounds of what is held in memory before it is written."""
 
 TOO_LONG, NOTHING_TRAINED = "longer than training.max_length", "nothing left to train"
+CUT = {"truncate": "end cut off", "truncate_prompt": "beginning of the prompt cut off"}
+"""What was done to a long row that is kept, by ``training.long_rows``."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Counts:
 
     read: int = 0
     kept: int = 0
-    cut: int = 0
+    cut: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    """Tokens in rows dropped and in what was cut off, by the reasons of ``dropped`` and ``cut``."""
     tokens: int = 0
     supervised: int = 0
-    lost_tokens: int = 0
-    """In rows dropped and in what was cut off."""
     longest: int = 0
     """Tokens of the longest row as it was read."""
     unlike_prompt: int = 0
@@ -52,21 +54,38 @@ class Counts:
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
     endings: Counter[str] = field(default_factory=Counter)
     ways: Counter[str] = field(default_factory=Counter)
+    source_rows: Counter[int] = field(default_factory=Counter)
+    source_tokens: Counter[int] = field(default_factory=Counter)
 
     def record(self) -> dict[str, Any]:
         """For report.json."""
-        names = ("read", "kept", "cut", "tokens", "supervised", "lost_tokens", "longest", "unlike_prompt")
+        names = ("read", "kept", "tokens", "supervised", "longest", "unlike_prompt")
         lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(1, dtype=np.int32)
         marks = {f"p{q}": int(np.percentile(lengths, q, method="lower")) for q in (50, 90, 99)}
         return {name: getattr(self, name) for name in names} | {
+            "cut": self.cut.total(),
+            "cut_by": dict(self.cut),
             "dropped": dict(self.dropped),
+            "lost_tokens": self.lost.total(),
+            "lost_by": dict(self.lost),
             "length": marks | {"max": int(lengths.max())},
+            "histogram": histogram(lengths) if self.lengths else [],
             "masks": dict(self.ways),
         }
 
 
+def histogram(lengths: npt.NDArray[np.int32]) -> list[list[int]]:
+    """How many rows have how many tokens: pairs of an upper bound (a power of two, inclusive) and rows up to it.
+
+    Each row counts once, below the smallest bound that holds it; bounds without rows at either end are left out.
+    """
+    bounds, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
+    found = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
+    return [[2**bound, found.get(bound, 0)] for bound in range(min(found), max(found) + 1)]
+
+
 class RowWriter:
-    """Takes rendered rows, leaves ``data.arrow``."""
+    """Takes rows, leaves ``data.arrow``."""
 
     def __init__(self, path: Path, encoder: Encoder, limits: Limits) -> None:
         from datasets.arrow_writer import ArrowWriter
@@ -76,24 +95,25 @@ class RowWriter:
         self._path = path
         self._encoder = encoder
         self._limits = limits
-        self._waiting: list[tuple[Row, int, Rendered]] = []
-        self._characters = 0
+        self._waiting: list[tuple[Made, Encoded]] = []
+        self._tokens = 0
         self._digest = hashlib.sha256()
         self._writer: Any = ArrowWriter(path=str(path), features=_features())
 
-    def add(self, row: Row, source: int, rendered: Rendered) -> None:
-        """Takes one row; it is written with its batch.
-
-        Args:
-            source: index of its file.
+    def add(self, row: Made) -> None:
+        """Takes one row, cuts or drops it by policy; it is written with its batch.
 
         Raises:
-            DataInvalid: a row is too long and ``training.long_rows`` is ``error``.
+            DataInvalid: it is too long and ``training.long_rows`` is ``error``.
             SpecInvalid: a token id is outside the model's vocabulary.
         """
-        self._waiting.append((row, source, rendered))
-        self._characters += len(rendered.text)
-        if len(self._waiting) >= _BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
+        fitted = self._fit(row)
+        if fitted is None:
+            return
+        self._count(row, fitted)
+        self._waiting.append((row, fitted))
+        self._tokens += len(fitted.tokens)
+        if len(self._waiting) >= _BATCH_ROWS or self._tokens >= _BATCH_TOKENS:
             self._flush()
 
     def close(self) -> str:
@@ -106,18 +126,14 @@ class RowWriter:
         return self._digest.hexdigest()
 
     def _flush(self) -> None:
-        encoded = self._encoder.encode([rendered for _, _, rendered in self._waiting])
-        fitted = [self._fit(row, one) for (row, _, _), one in zip(self._waiting, encoded, strict=True)]
-        kept = [(waiting, one) for waiting, one in zip(self._waiting, fitted, strict=True) if one is not None]
-        for (_, source, rendered), one in kept:
-            self._count(one, source, rendered)
-        if kept:
-            self._writer.write_table(_table(kept))
-        self._waiting, self._characters = [], 0
+        if self._waiting:
+            self._writer.write_table(_table(self._waiting))
+        self._waiting, self._tokens = [], 0
 
-    def _fit(self, row: Row, one: Encoded) -> Encoded | None:
+    def _fit(self, row: Made) -> Encoded | None:
         """The row as the policy leaves it; None if it is dropped."""
         counts, limit, policy = self.counts, self._limits.max_length, self._limits.long_rows
+        one = row.encoded
         length = len(one.tokens)
         counts.read += 1
         counts.longest = max(counts.longest, length)
@@ -132,14 +148,16 @@ class RowWriter:
             cut = {"truncate": self._encoder.cut_end, "truncate_prompt": self._encoder.cut_prompt}.get(policy)
             fitted = cut(one, limit) if cut is not None else None
         if fitted is None or not fitted.supervised:
-            counts.dropped[TOO_LONG if fitted is None else NOTHING_TRAINED] += 1
-            counts.lost_tokens += length
+            why = TOO_LONG if fitted is None else NOTHING_TRAINED
+            counts.dropped[why] += 1
+            counts.lost[why] += length
             return None
-        counts.cut += fitted is not one
-        counts.lost_tokens += length - len(fitted.tokens)
+        if fitted is not one:
+            counts.cut[CUT[policy]] += 1
+            counts.lost[CUT[policy]] += length - len(fitted.tokens)
         return fitted
 
-    def _check_vocabulary(self, row: Row, one: Encoded) -> None:
+    def _check_vocabulary(self, row: Made, one: Encoded) -> None:
         size = self._limits.vocabulary
         if size is not None and len(one.tokens) and int(one.tokens.max()) >= size:
             raise SpecInvalid(
@@ -147,16 +165,18 @@ class RowWriter:
                 "its config.json); its tokenizer and its weights do not belong together"
             )
 
-    def _count(self, one: Encoded, source: int, rendered: Rendered) -> None:
+    def _count(self, row: Made, one: Encoded) -> None:
         counts = self.counts
         counts.kept += 1
         counts.tokens += len(one.tokens)
         counts.supervised += one.supervised
         counts.lengths.append(len(one.tokens))
-        counts.ways[rendered.way] += 1
-        counts.unlike_prompt += not rendered.text.startswith(rendered.prompt)
-        counts.endings[rendered.ending] += 1
-        self._digest.update(np.array([source, len(one.tokens)], dtype="<i8").tobytes())
+        counts.source_rows[row.file] += 1
+        counts.source_tokens[row.file] += len(one.tokens)
+        counts.ways[row.way] += 1
+        counts.unlike_prompt += not row.begins_with_prompt
+        counts.endings[row.ending] += 1
+        self._digest.update(np.array([row.file, len(one.tokens)], dtype="<i8").tobytes())
         self._digest.update(one.tokens.astype("<i4").tobytes() + one.trained.tobytes())
 
 
@@ -171,10 +191,9 @@ def _features() -> Any:
     )
 
 
-def _table(kept: list[tuple[tuple[Row, int, Rendered], Encoded]]) -> Any:
+def _table(kept: list[tuple[Made, Encoded]]) -> Any:
     import pyarrow as pa
 
-    rows = [row for (row, _, _), _ in kept]
     encoded = [one for _, one in kept]
     columns = {
         "tokens": _lists([one.tokens for one in encoded], np.int32),
@@ -182,8 +201,8 @@ def _table(kept: list[tuple[tuple[Row, int, Rendered], Encoded]]) -> Any:
         "prompt": _lists([one.prompt for one in encoded], np.int32),
         "length": pa.array([len(one.tokens) for one in encoded], pa.int32()),
         "supervised": pa.array([one.supervised for one in encoded], pa.int32()),
-        "source": pa.array([source for (_, source, _), _ in kept], pa.int16()),
-        "number": pa.array([row.number for row in rows], pa.int64()),
+        "source": pa.array([row.file for row, _ in kept], pa.int16()),
+        "number": pa.array([row.number for row, _ in kept], pa.int64()),
         "answer": pa.array([one.answer for one in encoded], pa.string()),
     }
     return pa.table(columns)

@@ -3,22 +3,18 @@
 import codecs
 import csv
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from job.errors import DataInvalid, InputMissing
 from job.inputs import Input
+from job.json_array import elements
+from job.row_error import MAX_ROW_BYTES, STRICT, RowError, is_text, reason, refuse
 
-MAX_ROW_BYTES = 16 * 2**20
-"""A longer line is broken data (a missing line end), not a row."""
-MAX_ARRAY_BYTES = 512 * 2**20
-"""A JSON array is held whole as text; a larger one has to become .jsonl."""
 _PARQUET_BATCH_ROWS = 256
-_WHITE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,16 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-class RowError(ValueError):
-    """One row cannot be used. ``kind`` is what it is counted under, without the details."""
+@dataclass(frozen=True)
+class BadRow:
+    """One row that cannot be used."""
 
-    def __init__(self, kind: str, details: str = "") -> None:
-        super().__init__(f"{kind}: {details}" if details else kind)
-        self.kind = kind
+    source: str
+    number: int
+    kind: str
+    """What it is counted under."""
+    problem: str
+    """The kind and the details."""
 
 
 class BadRows:
@@ -53,52 +53,74 @@ class BadRows:
         self.kinds: Counter[str] = Counter()
         self.examples: list[str] = []
 
-    def skip(self, source: str, number: int, problem: RowError) -> None:
+    def skip(self, row: BadRow) -> None:
         """Counts one row.
 
         Raises:
             DataInvalid: it was one too many.
         """
-        self.kinds[problem.kind] += 1
+        self.kinds[row.kind] += 1
+        what = f"{row.source}:{row.number}: {row.problem}"
         if len(self.examples) < 10:
-            self.examples.append(f"{source}:{number}: {problem}")
+            self.examples.append(what)
         if self.kinds.total() > self.limit:
             count = f"bad row {self.kinds.total()}, data.max_bad_rows is {self.limit}"
-            raise DataInvalid(f"{source}:{number}: {problem} ({count}: correct it, or raise that to skip such rows)")
+            raise DataInvalid(f"{what} ({count}: correct it, or raise that to skip such rows)")
+
+
+def begins_with_header(named: Mapping[str, str]) -> bool:
+    """Whether tables begin with the names of their columns: unless ``data.columns`` names them by number."""
+    return not named or not all(name.isdigit() for name in named.values())
 
 
 def read_rows(source: Input, bad: BadRows, has_header: bool = True) -> Iterator[Row]:
-    """The rows of one file, in order, read as they are asked for.
+    """The usable rows of one file, in order, read as they are asked for.
+
+    Args:
+        bad: where broken rows are counted.
+
+    Raises:
+        DataInvalid: as ``items``, or there are too many broken rows.
+        InputMissing: as ``items``.
+    """
+    for item in items(source, has_header):
+        if isinstance(item, Row):
+            yield item
+        else:
+            bad.skip(item)
+
+
+def items(source: Input, has_header: bool = True) -> Iterator[Row | BadRow]:
+    """The rows of one file and its broken ones, in order, read as they are asked for.
 
     Args:
         source: the file; the ending of its name says what it is.
-        bad: where broken rows are counted.
         has_header: whether the first line of .csv and .tsv names the columns; without it they are "0", "1", and so on.
 
     Raises:
-        DataInvalid: the file cannot be read as what it is called, is empty, or has too many broken rows.
+        DataInvalid: the file cannot be read as what it is called, or is empty.
         InputMissing: there is no such file.
     """
     reader = _reader(source)
     _check_file(source)
     is_empty = True
-    for number, value in reader(source, bad, has_header):
+    for number, value in reader(source, has_header):
         is_empty = False
         if isinstance(value, dict):
             yield Row(source.uri, number, value)
-        elif isinstance(value, RowError):
-            bad.skip(source.uri, number, value)
-        else:
-            bad.skip(source.uri, number, RowError("not an object", f"a {_json_name(value)} stands where a row should"))
+            continue
+        if not isinstance(value, RowError):
+            value = RowError("not an object", f"a {_json_name(value)} stands where a row should")
+        yield BadRow(source.uri, number, value.kind, str(value))
     if is_empty:
-        _refuse(source, "holds no rows; the file is empty or has only blank lines or a header")
+        refuse(source, "holds no rows; the file is empty or has only blank lines or a header")
 
 
 _Numbered = Iterator[tuple[int, Any]]
-_Reader = Callable[[Input, BadRows, bool], _Numbered]
+_Reader = Callable[[Input, bool], _Numbered]
 
 
-def _read_jsonl(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
+def _read_jsonl(source: Input, has_header: bool) -> _Numbered:
     for number, line in _lines(source):
         if isinstance(line, RowError):
             yield number, line
@@ -126,81 +148,52 @@ def _text(line: bytes) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return _STRICT.decode(text)
+        return STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise RowError("invalid JSON", f"{error.msg} at column {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, RowError):
             raise
-        raise RowError("invalid JSON", _reason(error)) from error
+        raise RowError("invalid JSON", reason(error)) from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ; json would silently keep the last of equal ones."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError("duplicate key", repr(twice))
-    return values
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_once)
-_LENIENT = json.JSONDecoder()
-
-
-def _read_json(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
+def _read_json(source: Input, has_header: bool) -> _Numbered:
     """A JSON array, or lines of JSON under the name .json."""
     with source.path.open("rb") as stream:
         head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    if not head.startswith(b"["):
-        yield from _read_jsonl(source, bad, has_header)
-        return
-    size = source.path.stat().st_size
-    if size > MAX_ARRAY_BYTES:
-        _refuse(source, f"is a JSON array of {size} bytes, over {MAX_ARRAY_BYTES}; write it as .jsonl, a row a line")
+    if head.startswith(b"["):
+        yield from enumerate(elements(source), start=1)
+    else:
+        yield from _read_jsonl(source, has_header)
+
+
+def _read_text(source: Input, has_header: bool) -> _Numbered:
+    """Paragraphs: lines with an empty one, or nothing but white space, before and after."""
+    lines: list[bytes] = []
+    start = size = 0
+    for number, line in _lines(source):
+        if isinstance(line, RowError):
+            yield number, line
+        elif line.strip():
+            start, size = (start, size + len(line)) if lines else (number, len(line))
+            lines.append(line if size <= MAX_ROW_BYTES else b"\n")
+        elif lines:
+            yield start, _paragraph(lines, size)
+            lines = []
+    if lines:
+        yield start, _paragraph(lines, size)
+
+
+def _paragraph(lines: list[bytes], size: int) -> dict[str, Any] | RowError:
+    if size > MAX_ROW_BYTES:
+        return RowError("row too large", f"more than {MAX_ROW_BYTES} bytes in one paragraph")
     try:
-        text = source.path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        _refuse(source, f"is not UTF-8 (byte {error.start + 1}); save it as UTF-8")
-    yield from enumerate(_elements(source, text), start=1)
+        return {"text": "\n".join(_text(line.rstrip(b"\r\n")) for line in lines)}
+    except RowError as problem:
+        return problem
 
 
-def _elements(source: Input, text: str) -> Iterator[Any]:
-    """The elements of a JSON array, parsed one by one so that one bad row does not spoil the rest."""
-    position = _skip_white(text, text.index("[") + 1)
-    while not text.startswith("]", position):
-        value, position = _element(source, text, position)
-        yield value
-        position = _skip_white(text, position)
-        if text.startswith(",", position):
-            position = _skip_white(text, position + 1)
-        elif not text.startswith("]", position):
-            _refuse(source, f"invalid JSON at line {_line(text, position)}: ',' or ']' expected after a row")
-    if text[position + 1 :].strip():
-        _refuse(source, f"invalid JSON at line {_line(text, position)}: more text after the array's end")
-
-
-def _element(source: Input, text: str, position: int) -> tuple[Any, int]:
-    try:
-        try:
-            return _STRICT.raw_decode(text, position)
-        except RowError as problem:
-            return problem, _LENIENT.raw_decode(text, position)[1]
-    except (ValueError, RecursionError) as error:
-        where = error.pos if isinstance(error, json.JSONDecodeError) else position
-        _refuse(source, f"invalid JSON at line {_line(text, where)}: {_reason(error)}")
-
-
-def _skip_white(text: str, position: int) -> int:
-    match = _WHITE.match(text, position)
-    return match.end() if match else position
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
-
-
-def _read_table(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
+def _read_table(source: Input, has_header: bool) -> _Numbered:
     """Rows of a .csv or .tsv file; a quoted field may hold line ends."""
     csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 become surrogates, so that the row they are in can be named.
@@ -222,7 +215,7 @@ def _read_table(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
 
 def _table_line(source: Input, number: int, line: bytes | RowError) -> str:
     if isinstance(line, RowError):
-        _refuse(source, f"line {number}: {line}")
+        refuse(source, f"line {number}: {line}")
     return line.decode("utf-8", errors="surrogateescape")
 
 
@@ -231,10 +224,10 @@ def _header(source: Input, reader: Any) -> list[str]:
     try:
         header = next((fields for fields in reader if fields), [])
     except csv.Error as error:
-        _refuse(source, f"line {reader.line_num}: the header cannot be read: {error}")
+        refuse(source, f"line {reader.line_num}: the header cannot be read: {error}")
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        _refuse(source, f"line {reader.line_num}: the header names column {twice[0]!r} twice")
+        refuse(source, f"line {reader.line_num}: the header names column {twice[0]!r} twice")
     return header
 
 
@@ -250,7 +243,7 @@ def _table_row(fields: list[str], header: list[str] | None) -> dict[str, Any] | 
     return dict(zip(names, fields, strict=True))
 
 
-def _read_parquet(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
+def _read_parquet(source: Input, has_header: bool) -> _Numbered:
     import pyarrow
     import pyarrow.parquet
 
@@ -262,7 +255,7 @@ def _read_parquet(source: Input, bad: BadRows, has_header: bool) -> _Numbered:
                     number += 1
                     yield number, values
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        _refuse(source, f"cannot be read as parquet after row {number}: {_reason(error)}; write the file again")
+        refuse(source, f"cannot be read as parquet after row {number}: {reason(error)}; write the file again")
 
 
 _READERS: dict[str, _Reader] = {
@@ -271,6 +264,7 @@ _READERS: dict[str, _Reader] = {
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }
 
 
@@ -282,7 +276,7 @@ def _ending(source: Input) -> str:
 def _reader(source: Input) -> _Reader:
     reader = _READERS.get(_ending(source))
     if reader is None:
-        _refuse(source, f"the name ends in {_ending(source) or 'nothing'}; known are {', '.join(_READERS)}")
+        refuse(source, f"the name ends in {_ending(source) or 'nothing'}; known are {', '.join(_READERS)}")
     return reader
 
 
@@ -290,12 +284,12 @@ def _check_file(source: Input) -> None:
     if not source.path.exists():
         raise InputMissing(f"{source.uri}: no such file; check the name under data")
     if not source.path.is_file():
-        _refuse(source, "is not a file; name a single .jsonl, .json, .csv, .tsv or .parquet file")
+        refuse(source, "is not a file; name a single .jsonl, .json, .csv, .tsv, .parquet or .txt file")
     if source.path.stat().st_size == 0:
-        _refuse(source, "is empty (0 bytes)")
+        refuse(source, "is empty (0 bytes)")
     with source.path.open("rb") as stream:
         if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            _refuse(source, "is UTF-16; save it as UTF-8")
+            refuse(source, "is UTF-16; save it as UTF-8")
 
 
 def _lines(source: Input) -> Iterator[tuple[int, bytes | RowError]]:
@@ -318,26 +312,6 @@ def _skip_line(stream: IO[bytes], line: bytes) -> None:
         line = stream.readline(MAX_ROW_BYTES)
 
 
-def is_text(value: str) -> bool:
-    """False if half a surrogate pair is in it, which no UTF-8 file and no tokenizer can hold."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _json_name(value: object) -> str:
     names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
-
-
-def _reason(error: BaseException) -> str:
-    """First line of a library's message, without the class name."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
-def _refuse(source: Input, problem: str) -> NoReturn:
-    raise DataInvalid(f"{source.uri}: {problem}")

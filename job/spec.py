@@ -153,6 +153,13 @@ class Lora(Section):
     new_tokens: Names = ()
     """Tokens added to the tokenizer; their embeddings are trained and saved with the adapter."""
 
+    @field_validator("init")
+    @classmethod
+    def _parts_of_plain_weights(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("pissa", "olora") and info.data.get("use_dora"):
+            raise ValueError(f"{value} cannot be converted to fit the untouched base with use_dora; choose one of both")
+        return value
+
 
 class Quantization(Section):
     """How QLoRA (arXiv:2305.14314) holds the frozen base: 4 bits a weight, by bitsandbytes."""
@@ -228,6 +235,16 @@ class Training(Section):
     def _below_the_peak(cls, value: float, info: ValidationInfo) -> float:
         if value > info.data.get("learning_rate", value):
             raise ValueError(f"{value:g} lies above training.learning_rate ({info.data['learning_rate']:g}); lower it")
+        return value
+
+    @field_validator("parallelism")
+    @classmethod
+    def _not_halved(cls, value: str, info: ValidationInfo) -> str:
+        if value == "shard" and info.data.get("on_out_of_memory") == "halve":
+            raise ValueError(
+                "shard cannot go with training.on_out_of_memory: halve; a rank without memory leaves the others "
+                "waiting for its share of the base, so lower training.micro_batch_size instead"
+            )
         return value
 
     @field_validator("betas")
@@ -386,11 +403,31 @@ class JobSpec(Section):
     restart: int = Field(0, ge=0)
     """Raise it to have a new Job made where a failed one stands (GitOps)."""
 
+    @field_validator("lora")
+    @classmethod
+    def _no_parts_of_a_quantised_base(cls, value: Lora, info: ValidationInfo) -> Lora:
+        if value.init in ("pissa", "olora") and info.data.get("method") == "qlora":
+            raise ValueError(
+                f"init: {value.init} begins with parts of weights that method: qlora does not keep; "
+                "use default, or method: lora"
+            )
+        return value
+
     @field_validator("quantization")
     @classmethod
     def _quantization_needs_qlora(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
         if value is not None and info.data.get("method") == "lora":
             raise ValueError("only with method: qlora; change the method, or remove this block")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _shards_only_what_can_be(cls, value: Training, info: ValidationInfo) -> Training:
+        quantization = info.data.get("quantization")
+        if value.parallelism == "shard" and quantization is not None and quantization.type == "int8":
+            raise ValueError(
+                "parallelism: shard cannot share a base in int8; set quantization.type to nf4, or replicate"
+            )
         return value
 
     @property
@@ -516,7 +553,12 @@ def _checked(draft: Draft) -> JobSpec:
         # Keys that this release does not know are no news then.
         what = f"{version} is of a newer tunejob, this one reads {SPEC_VERSION}; upgrade it, or take a newer image"
         raise draft.refusal([(("version",), what)])
-    return checked(JobSpec, draft, SPEC_WORDS)
+    spec = checked(JobSpec, draft, SPEC_WORDS)
+    from job import serving  # it reads specs
+
+    if found := [(("output", "serve_with"), line) for line in serving.refusals_of(spec)]:
+        raise draft.refusal(found)
+    return spec
 
 
 if __name__ == "__main__":

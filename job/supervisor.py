@@ -30,6 +30,7 @@ from job.leaving import Leaving
 from job.ledger import attempts, complete, next_number, record_attempt, require_progress, seconds_spent
 from job.outcome import as_foreseen
 from job.own import Ownership, claim
+from job.prepared_cache import PreparedCache, key_of
 from job.results import eval_results, model_card
 from job.spec import JobSpec, differences, digest, dump, parse
 from job.status import Status
@@ -92,6 +93,7 @@ class Attempt:
         self.workdir = WorkDir(work / f"{_scratch_prefix(uri)}{secrets.token_hex(4)}")
         self.leaving = Leaving(spec.resources.grace_seconds, self._hurry, self._leave_late)
         self._brought = work / f"{_scratch_prefix(uri)}inputs"
+        self._prepared_here = work / f"{_scratch_prefix(uri)}prepared"
         self._began, self._started = time.monotonic(), _now()
         self._status = Status(run=uri.rstrip("/").rsplit("/", 1)[-1], attempt=1, phase="preflight")
         self._announcer = Announcer(lambda: self._status)
@@ -115,6 +117,7 @@ class Attempt:
         self._survey_made: pull.Survey | None = None
         self._manifest: transfer.Manifest | None = None
         self._unsent: JobError | None = None
+        self._cache: PreparedCache | None = None
         self._is_in_ledger = False
         self._may_be_published = False
 
@@ -142,7 +145,7 @@ class Attempt:
         with self._phase("pull"):
             inputs = self._pull(store)
         with self._phase("prepare"):
-            self._attend(launch.python_child("job.prepare", self.workdir.root, log.info), ["prepare"])
+            self._prepare()
         with self._phase("worker"):
             self._work()
         with self._phase("verify"):
@@ -172,6 +175,7 @@ class Attempt:
         owned = self._ownership is not None and not self._ownership.is_lost
         if owned and EXITS[code].reaction in (JobReaction.COMPLETE, JobReaction.FAIL):  # else the next may need it
             shutil.rmtree(self._brought, ignore_errors=True)
+            shutil.rmtree(self._prepared_here, ignore_errors=True)
         self._leave_word()
 
     def _is_ours(self) -> bool:
@@ -281,7 +285,7 @@ class Attempt:
     def _sweep_scratch(self) -> None:
         """Removes what attempts that were killed left. Nobody reads it, whatever an orphan of theirs still writes."""
         for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
-            if left not in (self.workdir.root, self._brought):
+            if left not in (self.workdir.root, self._brought, self._prepared_here):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _enter_ledger(self, store: Store) -> int:
@@ -324,6 +328,7 @@ class Attempt:
         self._survey_made = survey
         survey = survey.bring(recorded, tick)
         inspect(survey.inputs.model.path, self.spec.model.name)
+        self._cache = PreparedCache(store, self._prepared_here, key_of(self.spec, survey.records))
         if not recorded:
             transfer.write_once(store, layout.INPUTS, to_json({"inputs": survey.records}))
         with translated("the record of the inputs: cannot be written", self.workdir.root):
@@ -346,6 +351,24 @@ class Attempt:
             store.get(key, to)
 
     # prepare, train, seal, evaluate, verify
+
+    def _prepare(self) -> None:
+        """Prepares the rows, or takes what an earlier attempt prepared of the same inputs."""
+        if self._cache is None or self._courier is None:
+            raise InternalError("preparing without owning the run")
+
+        def tick() -> None:
+            self.leaving.check("while prepared rows were brought")
+            self._require_ownership()
+            self._announcer.phase("prepare")
+
+        origin = self._cache.take(self.workdir.prepared, tick)
+        if origin is not None:
+            log.info("the rows are those an earlier attempt prepared, kept by %s", origin)
+        else:
+            self._attend(launch.python_child("job.prepare", self.workdir.root, log.info), ["prepare"])
+        self._cache.keep_here(self.workdir.prepared)
+        self._courier.send_aside("prepared rows", self._cache.send)
 
     def _work(self) -> None:
         gpus = self.spec.resources.gpus
@@ -456,10 +479,14 @@ class Attempt:
             self._require_ownership()
             self._announcer.phase("publish")
 
-        extra = {"run": self._status.run, "spec_digest": digest(self.spec)}
+        published = read_json(work.evaluation).get("published_step")
+        extra = {"run": self._status.run, "spec_digest": digest(self.spec), "published_step": published}
         self._manifest = transfer.publish(store, files, extra, tick, self._expect_publication)
         for entry in list(store.list(layout.SO_FAR)):
             _best_effort(store.delete, entry.key)
+        if self._courier is not None and self._cache is not None:
+            self._courier.stop_aside(_LAST_WORDS_SECONDS)
+            _best_effort(self._cache.drop)
 
     def _expect_publication(self) -> None:
         self._may_be_published = True

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from job.qwen import QWEN, QWEN2_5, QWEN3
+
 
 class Named(NamedTuple):
     """A template one can ask for by name."""
@@ -76,39 +78,13 @@ _GEMMA = """\
 {%- endif %}
 """
 
-# As Qwen does it: reasoning stays in answers after the last question only, tool results are the user's.
-_QWEN = """\
-{%- set state = namespace(last_question=0) %}
-{%- for message in messages %}
-    {%- if message['role'] == 'user' %}
-        {%- set state.last_question = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}
-        {%- set content = message['content'] %}
-        {%- if loop.index0 < state.last_question %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- generation %}
-            {{- content + '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\\n' }}
-    {%- elif message['role'] == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
 TEMPLATES: dict[str, Named] = {
     "chatml": Named(_CHATML, "<|im_end|>", ("<|im_end|>", "<|im_start|>")),
     "llama3": Named(_LLAMA3, "<|eot_id|>", ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")),
     "gemma": Named(_GEMMA, "<end_of_turn>", ("<end_of_turn>", "<start_of_turn>")),
-    "qwen": Named(_QWEN, "<|im_end|>", ("<|im_end|>", "<|im_start|>")),
+    "qwen": Named(QWEN, "<|im_end|>", ("<|im_end|>", "<|im_start|>")),
 }
+
+PATCHED = (QWEN3, QWEN2_5, *(named.text for named in TEMPLATES.values()))
+"""Published templates with markers added and nothing else changed. A model whose own template has no markers is
+rendered with both; where the bytes are the same, the markers of the patched one say what is trained."""

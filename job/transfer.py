@@ -96,6 +96,8 @@ def pull_checkpoint(store: Store, commit: Commit, to: Path, tick: Callable[[], N
     """
     require_space(to, sum(entry.size for entry in commit.files), f"{store.uri}/{commit.prefix}")
     with translated(f"{store.uri}/{commit.prefix}: cannot be brought here", to.parent), sealing(to) as scratch:
+        for entry in commit.files:
+            (scratch / entry.name).parent.mkdir(parents=True, exist_ok=True)
         in_parallel(lambda entry: _fetch(store, commit.prefix, entry, scratch / entry.name), commit.files, tick)
 
 

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as functional
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
+from job.adapter import Tokens, make_room
 from job.child import setup_child
 from job.device import Placement, place
 from job.errors import IntegrityFailure
@@ -27,6 +29,7 @@ from job.layout import ADAPTER_BIN, ADAPTER_CONFIG, ADAPTER_SAFETENSORS
 from job.memory import available_bytes
 from job.model import load_base
 from job.outcome import record
+from job.prepared import INFO
 from job.spec import JobSpec, read
 from job.workdir import WorkDir
 
@@ -54,8 +57,11 @@ def run(workdir: WorkDir) -> ExitCode:
         write_json(workdir.verification, {"level": "structural", "reason": reason, "tensors": len(found)})
         return ExitCode.OK
     placement = place(spec)
-    model = PeftModel.from_pretrained(load_base(model_folder, spec, placement), str(workdir.adapter))
-    _check_loaded(model, found)
+    base = load_base(model_folder, spec, placement)
+    if (tokens := Tokens.of(spec, read_json(workdir.prepared / INFO))) is not None:
+        make_room(base, tokens.vocabulary)
+    model = PeftModel.from_pretrained(base, str(workdir.adapter))
+    check_loaded(model, found)
     figures = compare_logits(model, load_file(workdir.probe), placement, is_exact=_is_exact(spec, placement))
     write_json(workdir.verification, {"level": "logits", "tensors": len(found)} | figures)
     return ExitCode.OK
@@ -76,13 +82,17 @@ def check_structure(folder: Path, spec: JobSpec) -> dict[str, Tensor]:
         IntegrityFailure: a tensor is empty, not finite, of another rank or without its partner.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    if (config["r"], config["base_model_name_or_path"]) != (spec.lora.r, spec.model.name):
+    double = 2 if spec.lora.init in ("pissa", "olora") else 1
+    ranks = {name: double * rank for name, rank in spec.lora.rank_pattern.items()}
+    found = config["r"], config.get("rank_pattern") or {}, config["base_model_name_or_path"]
+    if found != (double * spec.lora.r, ranks, spec.model.name):
         raise IntegrityFailure(f"{ADAPTER_CONFIG}: rank or base model are not the spec's")
     weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
     if not any("lora_" in name for name in weights):
         raise IntegrityFailure("the sealed adapter holds no LoRA tensors")
     for name, tensor in weights.items():
-        _check_tensor(name, tensor, weights, spec.lora.r)
+        layer = name.split(".lora_", 1)[0]
+        _check_tensor(name, tensor, weights, ranks.get(get_pattern_key(list(ranks), layer), double * spec.lora.r))
     if (folder / ADAPTER_SAFETENSORS).exists() and (folder / ADAPTER_BIN).exists():
         _check_same(weights, torch.load(folder / ADAPTER_BIN, weights_only=True))
     return weights
@@ -102,7 +112,7 @@ def _check_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         raise IntegrityFailure(f"{ADAPTER_SAFETENSORS} and {ADAPTER_BIN} hold different tensors")
 
 
-def _check_loaded(model: PeftModel, weights: dict[str, Tensor]) -> None:
+def check_loaded(model: PeftModel, weights: dict[str, Tensor]) -> None:
     """PEFT only warns of tensors that found no place, so the loaded model is read back."""
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if loaded.keys() != weights.keys():

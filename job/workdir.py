@@ -58,6 +58,11 @@ class WorkDir:
         return self.root / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The adapter of the lowest evaluation loss so far, where that is to be published."""
+        return self.root / "best"
+
+    @property
     def adapter(self) -> Path:
         """The sealed adapter and tokenizer, as they will be published."""
         return self.root / "adapter"

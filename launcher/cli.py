@@ -21,6 +21,7 @@ from launcher.commands import Command, add_profile, add_to, say
 if TYPE_CHECKING:
     from job.spec import JobSpec
     from launcher.local import Finished
+    from launcher.profile import Profile
 
 DEFAULT_OUTPUT = "file:./runs"
 
@@ -57,25 +58,46 @@ def _check(arguments: argparse.Namespace) -> int:
         from launcher.verbs import rendered
 
         rendered(spec, arguments.profile)
-    if arguments.data and (code := _look(arguments, spec)):
+    looks = arguments.data or arguments.samples
+    if looks and (code := _look(arguments, spec)):
         return code
     if arguments.print:
         print(dump(resolved(spec)), end="")
     else:
         print(f"{arguments.spec}: ok; run {run_id(spec)}, {spec.method} on {spec.model.name}")
+        if not looks:
+            _tell_memory(arguments, spec)
     return ExitCode.OK
+
+
+def _tell_memory(arguments: argparse.Namespace, spec: "JobSpec") -> None:
+    """The estimate where the model is here: goes with the result. Why there is none is talk."""
+    from launcher.memory import lines_of, room_of
+
+    lines = list(lines_of(spec, room_of(spec, _profile(arguments))))
+    if len(lines) == 1:
+        say(lines[0])
+    else:
+        print("\n".join(lines))
+
+
+def _profile(arguments: argparse.Namespace) -> "Profile | None":
+    from launcher.profile import load
+
+    return load(arguments.profile) if arguments.profile is not None or arguments.cluster else None
 
 
 def _look(arguments: argparse.Namespace, spec: "JobSpec") -> int:
     """Looks at model and data, with the profile's store where one is named."""
     from launcher.local import look
+    from launcher.memory import room_of
 
-    if arguments.profile is None:
-        return look(spec, {})
-    from launcher.profile import load
+    profile = _profile(arguments)
+    if profile is None:
+        return look(spec, {}, arguments.samples)
     from launcher.remote import settings_of
 
-    return look(spec, settings_of(load(arguments.profile)))
+    return look(spec, settings_of(profile), arguments.samples, room_of(spec, profile))
 
 
 def _check_cluster(arguments: argparse.Namespace, spec: "JobSpec") -> None:
@@ -149,6 +171,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _merge(arguments: argparse.Namespace) -> int:
+    from launcher.merging import merge
+
+    return merge(arguments.adapter, arguments.output, arguments.base, arguments.onto, arguments.dtype)
+
+
 def _program() -> list[str]:
     """The words that called this program, to be said again to the user."""
     called = Path(sys.argv[0])
@@ -174,7 +202,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     _spec_arguments(check)
     check.add_argument("--print", action="store_true", help="print the resolved spec instead of one line")
     add_profile(check)
-    check.add_argument("--data", action="store_true", help="look whether model and data are there and can be read")
+    check.add_argument(
+        "--data", action="store_true", help="prepare the data as a run would, and say what becomes of it"
+    )
+    check.add_argument("--samples", metavar="FILE", help="the same, and a few rows to FILE, what is trained marked")
     check.add_argument("--cluster", action="store_true", help="ask the cluster of the profile whether it would take it")
 
     train = _verb(verbs, "train", "train here, without a cluster")
@@ -189,6 +220,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     compare = _verb(verbs, "compare", "put finished runs side by side, as a Markdown table")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     compare.add_argument("--lang", choices=("en", "ja"), default="en", help="language of the table (default: en)")
+
+    merge = _verb(verbs, "merge", "make one model of an adapter and its base")
+    merge.add_argument("adapter", metavar="RUN", help="folder of a finished run, or of an adapter")
+    merge.add_argument("--output", metavar="DIR", required=True, help="folder for the model; not there yet")
+    merge.add_argument("--base", metavar="DIR", help="folder of the base model (default: the one the adapter names)")
+    merge.add_argument(
+        "--onto",
+        choices=("16bit", "dequantised"),
+        help="the base's own weights, or those that QLoRA saw (default: dequantised for QLoRA, else 16bit)",
+    )
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: the base's)")
 
     _verb(verbs, "schema", "print the JSON Schema of a spec, for editors")
     return parser, _LOCAL | add_to(lambda name, what: _verb(verbs, name, what), _spec_arguments)
@@ -242,6 +284,7 @@ def _old_arguments(parser: argparse.ArgumentParser) -> None:
 _LOCAL: dict[str, Command] = {
     "check": _check,
     "compare": _compare,
+    "merge": _merge,
     "schema": _schema,
     "train": _train,
     "train-lora": _train_old,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from launcher.figures import Figure, measured
 from launcher.results import Results
 from launcher.summary import mebibytes, rows_of
 
@@ -18,6 +19,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "model": "base model",
         "rows": "evaluation rows",
         "device": "device",
+        "run": "run",
+        "key": "Tuned; in brackets the difference to the base with its 95 % interval, for shares in percentage points.",
     },
     "ja": {
         "head": "手法|メモリ使用量|学習速度|精度|用途",
@@ -31,8 +34,18 @@ _WORDS: dict[str, dict[str, str]] = {
         "model": "ベースモデル",
         "rows": "評価行数",
         "device": "デバイス",
+        "run": "実行",
+        "key": "チューニング後の値。括弧内はベースとの差とその95%信頼区間（割合はポイント差）。",
     },
 }
+_TITLES = {
+    "loss": "損失",
+    "perplexity": "パープレキシティ",
+    "token_accuracy": "トークン正解率",
+    "exact_match": "完全一致",
+    "extracted_match": "抽出一致",
+}
+"""What the figures are called in Japanese, where that is another name."""
 _METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
 _SHARED = {
     "model": ("model",),
@@ -44,10 +57,11 @@ LANGUAGES = tuple(_WORDS)
 
 
 def table(runs: Sequence[Results], language: str = "en") -> str:
-    """A Markdown table, a row per run in the order given; below it what the runs do not share."""
+    """A Markdown table, a row per run in the order given; below it every figure, and what the runs do not share."""
     words = _WORDS[language]
     head = words["head"].split("|")
     lines = rows_of([head, ["---"] * len(head), *(_row(run, words) for run in runs)])
+    lines += _evaluations(runs, words, language)
     differing = [
         words[word]
         for word, paths in _SHARED.items()
@@ -57,6 +71,24 @@ def table(runs: Sequence[Results], language: str = "en") -> str:
         joint = "、" if language == "ja" else ", "
         lines += ["", words["mixed"].format(what=joint.join(differing))]
     return "\n".join(lines)
+
+
+def _evaluations(runs: Sequence[Results], words: dict[str, str], language: str) -> list[str]:
+    """A table with a column for each figure that a run has; none where no run was evaluated."""
+    figures = list(measured(*runs))
+    if not figures:
+        return []
+    titles = [_TITLES.get(figure.key, figure.title) if language == "ja" else figure.title for figure in figures]
+    rows = [[run.name, *(_cell(figure, run) for figure in figures)] for run in runs]
+    key = ["", words["key"]] if any(figure.difference(run) for figure in figures for run in runs) else []
+    return ["", *rows_of([[words["run"], *titles], ["---"] * (len(titles) + 1), *rows]), *key]
+
+
+def _cell(figure: Figure, run: Results) -> str:
+    number, difference = figure.of(run, "tuned"), figure.difference(run)
+    if number is None:
+        return "-"
+    return f"{figure.written(number)} ({difference})" if difference else figure.written(number)
 
 
 def _row(run: Results, words: dict[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from job.errors import InputMissing, IntegrityFailure
-from job.layout import CHECKPOINTS, COMMIT, MANIFEST
+from job.layout import CHECKPOINTS, COMMIT, MANIFEST, PREPARED
 from job.store import Store, checked, from_json, require_space, size_text, translated
 from launcher.codes import NoResult, Refused
 
@@ -146,11 +146,12 @@ def _committed(store: Store) -> Iterator[File]:
 
 
 def _records(store: Store, files: dict[str, Any]) -> list[str]:
-    """What is nowhere listed with its hash: markers, the ledger, the status."""
+    """What is nowhere listed with its hash: markers, the ledger, the status. Not the training data as tokens."""
     return [
         entry.key
         for entry in store.list("")
         if entry.key not in files and (entry.key.startswith("run/") or entry.key.endswith(f"/{COMMIT}"))
+        if not entry.key.startswith(PREPARED)
     ]
 
 

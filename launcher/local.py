@@ -21,7 +21,7 @@ from job.spec import JobSpec, dump, resolved, run_id
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 _NEEDED_FOR_4BIT = ("bitsandbytes",)
-_READING = ("pyarrow", "huggingface_hub", "psutil")
+_READING = ("datasets", "huggingface_hub", "psutil", "pyarrow", "transformers")
 
 _KILLED = {
     signal.SIGKILL: "most often the machine ran out of memory: lower training.micro_batch_size or training.max_length",
@@ -69,7 +69,7 @@ def work(spec: JobSpec, folder: str) -> Finished:
         NotInstalled: torch or another library of the training is missing.
     """
     need_libraries(spec)
-    with _spec_file(spec) as path:
+    with spec_file(spec) as path:
         outcome = path.with_name("outcome.json")
         command = [sys.executable, "-m", "job", "run", "--spec", str(path), "--folder", folder]
         code = supervised([*command, "--outcome", str(outcome)], child_environment())
@@ -80,19 +80,23 @@ def work(spec: JobSpec, folder: str) -> Finished:
     return Finished(folder, code, message=message)
 
 
-def look(spec: JobSpec, settings: Mapping[str, str]) -> int:
-    """Prints what of the spec's model and data is there and can be read; the code is the child's (``job.exits``).
+def look(spec: JobSpec, settings: Mapping[str, str], samples: str | None = None, room: int | None = None) -> int:
+    """Prints what training would make of the spec's data; the code is the child's (``job.exits``).
 
     Args:
         settings: environment variables that say how this machine reaches the store.
+        samples: file to write a few rows to, with what is trained of each.
+        room: bytes of one device, to say whether the training fits it.
 
     Raises:
         NotInstalled: what reads rows is not on this machine.
     """
     if missing := missing_libraries(_READING):
         raise NotInstalled(f"looking at data needs {', '.join(missing)}: pip install 'tunejob[job]'")
-    with _spec_file(spec) as path:
-        return supervised([sys.executable, "-m", "job.look", str(path)], {**child_environment(), **settings})
+    with spec_file(spec) as path:
+        command = [sys.executable, "-m", "job.look", str(path), *(["--samples", samples] if samples else [])]
+        command += ["--room", str(room)] if room else []
+        return supervised(command, {**child_environment(), **settings})
 
 
 def child_environment() -> dict[str, str]:
@@ -132,7 +136,7 @@ def _is_installed() -> bool:
 
 
 @contextmanager
-def _spec_file(spec: JobSpec) -> Iterator[Path]:
+def spec_file(spec: JobSpec) -> Iterator[Path]:
     """The resolved spec in a file that lasts as long as the block."""
     with tempfile.TemporaryDirectory(prefix="tunejob-") as folder:
         path = Path(folder) / "spec.yaml"

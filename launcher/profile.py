@@ -113,6 +113,8 @@ class GpuType(Section):
 
     resource: Annotated[str, AfterValidator(require_resource)] = "nvidia.com/gpu"
     """Extended resource that the device plugin offers; for slices of a GPU for instance `nvidia.com/mig-3g.40gb`."""
+    memory: Bytes | None = None
+    """Memory of one, for instance `80Gi`: `tunejob check` says whether a spec fits it, and what to lower if not."""
     node_selector: Annotated[dict[str, str], AfterValidator(require_node_labels)] = Field(default_factory=dict)
     """Labels of the nodes that have it."""
     tolerations: Tolerations = ()

@@ -1,19 +1,12 @@
 """The text that closes a run: base against tuned, what it cost, and how to load the adapter. Pure."""
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from launcher.figures import measured
 from launcher.results import Results
 
 MIB = 1 << 20
-
-_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("loss", "loss", "{:.4f}".format),
-    ("perplexity", "perplexity", "{:.3f}".format),
-    ("token accuracy", "token_accuracy", "{:.1%}".format),
-    ("exact match", "exact_match", "{:.1%}".format),
-)
-"""Title, key in the record, and how the number is written."""
 
 _LOAD = """\
 from peft import PeftModel
@@ -39,6 +32,7 @@ def summary(results: Results) -> str:
     """Several lines: figures, held-out rows, time, memory, verification, and the Python lines that load the adapter."""
     facts = {
         "held out": held_out(results),
+        "published": published(results),
         "time": spent(results),
         "memory": memory(results),
         "checked": verified(results),
@@ -81,13 +75,16 @@ def figures(results: Results) -> list[str]:
     """The table of base against tuned; one line with the reason where nothing was measured."""
     if reason := results["evaluation.skipped"]:
         return [f"not evaluated: {reason}"]
-    lines = [f"{'':<15} {'base':>10} {'tuned':>10}"]
-    for title, key, written in _FIGURES:
-        pair = [results.figure(f"evaluation.{side}.{key}") for side in ("base", "tuned")]
-        if any(number is not None for number in pair):
-            cells = ("-" if number is None else written(number) for number in pair)
-            lines.append(f"{title:<15} " + " ".join(f"{cell:>10}" for cell in cells))
-    return lines if len(lines) > 1 else ["not evaluated"]
+    lines = []
+    for figure in measured(results):
+        pair = [figure.of(results, side) for side in ("base", "tuned")]
+        cells = ("-" if number is None else figure.written(number) for number in pair)
+        line = f"{figure.title:<15} " + " ".join(f"{cell:>10}" for cell in cells)
+        lines.append(f"{line}   {figure.difference(results)}".rstrip())
+    if not lines:
+        return ["not evaluated"]
+    head = f"{'':<15} {'base':>10} {'tuned':>10}"
+    return [f"{head}   difference [95 %]" if isinstance(results["evaluation.difference"], dict) else head, *lines]
 
 
 def held_out(results: Results) -> str:
@@ -95,9 +92,27 @@ def held_out(results: Results) -> str:
     rows, overlap = results.figure("evaluation.rows"), results.figure("data.eval.also_in_train")
     if rows is None:
         return ""
-    if overlap is None:
-        return f"{rows:,.0f} rows"
-    return f"{rows:,.0f} rows, {f'{overlap:,.0f}' if overlap else 'none'} of them in the training data"
+    parts = [f"{rows:,.0f} rows"]
+    if overlap is not None:
+        parts.append(f"{f'{overlap:,.0f}' if overlap else 'none'} of them in the training data")
+    answered = results.figure("evaluation.generated_rows")
+    if answered and answered < rows:
+        parts.append(f"{answered:,.0f} answered")
+    return ", ".join(parts)
+
+
+def published(results: Results) -> str:
+    """Which step's state it is, where it is not simply that of the last step planned."""
+    steps, planned, step, loss = (
+        results.figure(f"evaluation.{path}")
+        for path in ("steps", "stopped_early.planned_steps", "published_step", "best.loss")
+    )
+    parts = [] if step is None else [f"step {step:,.0f}"]
+    if loss is not None and step == results.figure("evaluation.best.step") and step != steps:
+        parts.append(f"of the lowest evaluation loss ({loss:.4f})")
+    if planned is not None and steps is not None:
+        parts.append(f"stopped early at step {steps:,.0f} of {planned:,.0f}")
+    return ", ".join(parts) if len(parts) > 1 else ""
 
 
 def spent(results: Results) -> str:

@@ -9,8 +9,9 @@ import pyarrow as pa
 import torch
 from peft import PeftModel
 
+from job.adapter import add_adapter
 from job.device import Placement
-from job.model import add_adapter, load_base
+from job.model import load_base
 from job.prepared import Rows
 from job.spec import JobSpec
 

@@ -1,5 +1,6 @@
 """What is rendered, what is trained: golden masks, BOS and EOS, boundaries, templates that rewrite or misbehave."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,25 @@ from hypothesis import strategies as st
 from job import chat
 from job.encode import Encoded, Encoder
 from job.errors import SpecInvalid
-from job.formats import Conversation, Example, PlainText, example_of, recognise
-from job.rows import RowError
+from job.formats import PlainText, example_of, recognise
+from job.row_error import RowError
 from job.templates import TEMPLATES
+from tests.job.talking import (
+    BOS,
+    EOS,
+    EOT,
+    HEAD,
+    HEAD_END,
+    SPECIAL,
+    TURN,
+    TURN_END,
+    conversation,
+    encode,
+    fast,
+    named,
+    runs,
+)
 from tests.job.tiny import CHATML, IM_END, IM_START, tokenizer_of
-
-BOS, EOT, HEAD, HEAD_END = "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"
-TURN, TURN_END, EOS = "<start_of_turn>", "<end_of_turn>", "<|eos|>"
-SPECIAL = [EOS, BOS, IM_START, IM_END, EOT, HEAD, HEAD_END, TURN, TURN_END]
 
 
 @pytest.fixture(scope="module")
@@ -28,55 +40,6 @@ def backend() -> Any:
 @pytest.fixture
 def tokenizer(backend: Any) -> Any:
     return fast(backend)
-
-
-def fast(backend: Any, adds_bos: bool = False, adds_eos: bool = False, **more: Any) -> Any:
-    """A fast tokenizer that adds BOS or EOS by itself, or not."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
-    own = Tokenizer.from_str(backend.to_str())
-    single = f"{BOS + ' ' if adds_bos else ''}$A{' ' + EOS if adds_eos else ''}"
-    template = processors.TemplateProcessing(
-        single=single, special_tokens=[(t, own.token_to_id(t)) for t in (BOS, EOS)]
-    )
-    # As GPT-2 and Llama 3 have it: spaces are cut from spans.
-    own.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
-    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token=BOS, eos_token=EOS, **more)
-
-
-def conversation(*contents: str, system: str | None = None) -> Conversation:
-    """Question, answer, question, answer."""
-    roles = ("user", "assistant") * len(contents)
-    head = [] if system is None else [{"role": "system", "content": system}]
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    return Conversation((*head, *turns))
-
-
-def named(name: str, text: str, tokenizer: Any) -> chat.ChatTemplate:
-    """A template as if it were the model's own."""
-    tokenizer.chat_template = text
-    template = chat.choose(None, tokenizer)
-    assert template is not None
-    return template
-
-
-def encode(
-    example: Example, template: chat.ChatTemplate | None, tokenizer: Any, train_on: str = "assistant"
-) -> tuple[chat.Rendered, Encoded]:
-    rendered = chat.render(example, template)
-    return rendered, Encoder(tokenizer, train_on).encode([rendered])[0]
-
-
-def runs(row: Encoded, tokenizer: Any) -> list[str]:
-    """The text of each stretch of trained tokens."""
-    found: list[list[int]] = []
-    for i, (token, trained) in enumerate(zip(row.tokens, row.trained, strict=True)):
-        if trained and (i == 0 or not row.trained[i - 1]):
-            found.append([])
-        if trained:
-            found[-1].append(int(token))
-    return [tokenizer.decode(part) for part in found]
 
 
 TWO_TURNS = conversation("What is 1+1?", "two", "And 2+2?", "four", system="Be brief.")
@@ -107,7 +70,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_named_templates_render_and_mask_as_published(name: str, tokenizer: Any) -> None:
+def test_named_templates_render_and_mask_as_published(name: str, tokenizer: Any) -> None:  # T6
     text, trained = GOLDEN[name]
     rendered, row = encode(TWO_TURNS, chat.choose(name, tokenizer), tokenizer)
     assert rendered.text == tokenizer.decode(row.tokens) == text
@@ -117,23 +80,24 @@ def test_named_templates_render_and_mask_as_published(name: str, tokenizer: Any)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_sentinels_find_what_markers_say(name: str, tokenizer: Any) -> None:
-    with_markers = chat.choose(name, tokenizer)
+def test_patched_templates_and_sentinels_find_what_markers_say(name: str, tokenizer: Any) -> None:  # T50
     text = TEMPLATES[name].text.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-    marked, by_markers = encode(TWO_TURNS, with_markers, tokenizer)
-    found, by_sentinels = encode(TWO_TURNS, named("model", text, tokenizer), tokenizer)
-    assert (found.way, marked.way) == ("sentinels", "markers")
-    assert (found.text, found.answers, found.ending) == (marked.text, marked.answers, marked.ending)
-    assert by_sentinels.trained.tolist() == by_markers.trained.tolist()
+    own = named("model", text, tokenizer)
+    marked, by_markers = encode(TWO_TURNS, chat.choose(name, tokenizer), tokenizer)
+    assert marked.way == "markers"
+    for template, way in ((own, "patched template"), (replace(own, patched=()), "sentinels")):
+        found, row = encode(TWO_TURNS, template, tokenizer)
+        assert found == replace(marked, way=way)
+        assert row.trained.tolist() == by_markers.trained.tolist()
 
 
-def test_without_template_the_completion_and_one_eos_are_trained(tokenizer: Any) -> None:
+def test_without_template_the_completion_and_one_eos_are_trained(tokenizer: Any) -> None:  # T6, T9
     _, row = encode(PlainText("What is 1+1?", " two"), None, tokenizer)
     assert tokenizer.decode(row.tokens) == f"What is 1+1? two{EOS}"
     assert runs(row, tokenizer) == [f" two{EOS}"]
 
 
-def test_alpaca_without_template_trains_the_response_only(tokenizer: Any) -> None:
+def test_alpaca_without_template_trains_the_response_only(tokenizer: Any) -> None:  # T6
     values = {"instruction": "Add.", "input": "1 2", "output": "three"}
     _, row = encode(example_of(values, recognise(values, None, {}, "x:1"), has_template=False), None, tokenizer)
     assert tokenizer.decode(row.tokens).endswith(f"### Response:\nthree{EOS}")
@@ -161,7 +125,7 @@ def test_train_on_all_trains_every_token_but_the_first(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("tokenizer_adds", [False, True])
 @pytest.mark.parametrize("template_adds", [False, True])
-def test_exactly_one_bos_if_anyone_adds_one(tokenizer_adds: bool, template_adds: bool, backend: Any) -> None:
+def test_exactly_one_bos_if_anyone_adds_one(tokenizer_adds: bool, template_adds: bool, backend: Any) -> None:  # T8
     tokenizer = fast(backend, adds_bos=tokenizer_adds)
     template = named("model", ("{{ bos_token }}" if template_adds else "") + CHATML, tokenizer)
     _, row = encode(TWO_TURNS, template, tokenizer)
@@ -174,7 +138,7 @@ def test_exactly_one_bos_if_anyone_adds_one(tokenizer_adds: bool, template_adds:
 
 @pytest.mark.parametrize("adds_eos", [False, True])
 @pytest.mark.parametrize("completion", ["two", f"two{EOS}"])
-def test_plain_text_ends_with_exactly_one_eos(adds_eos: bool, completion: str, backend: Any) -> None:
+def test_plain_text_ends_with_exactly_one_eos(adds_eos: bool, completion: str, backend: Any) -> None:  # T9
     tokenizer = fast(backend, adds_bos=True, adds_eos=adds_eos, pad_token=EOS)
     _, row = encode(PlainText("1+1=", completion), None, tokenizer)
     assert row.tokens.tolist().count(tokenizer.eos_token_id) == 1
@@ -194,7 +158,7 @@ BOUNDARIES = [
 
 
 @pytest.mark.parametrize(("prompt", "completion"), BOUNDARIES)
-def test_every_token_that_touches_the_answer_is_trained(prompt: str, completion: str, tokenizer: Any) -> None:
+def test_every_token_that_touches_the_answer_is_trained(prompt: str, completion: str, tokenizer: Any) -> None:  # T10
     tokenizer.backend_tokenizer.add_tokens(["\n\n", "Saying"])
     _, row = encode(PlainText(prompt, completion), None, tokenizer)
     assert tokenizer.decode(row.tokens) == f"{prompt}{completion}{EOS}"
@@ -203,7 +167,21 @@ def test_every_token_that_touches_the_answer_is_trained(prompt: str, completion:
     assert row.trained.tolist() == [False, *(length > len(prompt) for length in read_so_far[1:])]
 
 
-def test_a_token_across_the_boundary_is_trained(tokenizer: Any) -> None:
+def test_a_tokenizer_that_joins_line_ends_over_the_boundary_trains_the_joint(backend: Any) -> None:
+    """T10: the ids of the prompt are no prefix of those of the row, as with Qwen's and Llama 3's splitting."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    own = Tokenizer.from_str(backend.to_str())
+    split = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"), "isolated")
+    own.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer = fast(own)
+    _, row = encode(PlainText("Instruction:\n", "\nResponse"), None, tokenizer)
+    prompt = tokenizer("Instruction:\n")["input_ids"]
+    assert row.tokens[: len(prompt)].tolist() != prompt
+    assert runs(row, tokenizer) == [f"\n\nResponse{EOS}"]
+
+
+def test_a_token_across_the_boundary_is_trained(tokenizer: Any) -> None:  # T10
     tokenizer.backend_tokenizer.add_tokens(["\n\n"])
     rendered, row = encode(PlainText("Say\n", "\nyes"), None, tokenizer)
     assert runs(row, tokenizer) == [f"\n\nyes{EOS}"]
@@ -224,7 +202,7 @@ THINKING = """{%- for m in messages -%}
 """As Qwen3 does it: thoughts of earlier turns are dropped, and a last turn without one gets an empty one."""
 
 
-def test_a_template_that_rewrites_history_is_masked_in_one_render(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_history_is_masked_in_one_render(tokenizer: Any) -> None:  # T11
     thought = "<think>\nhm\n</think>\n\n"
     rendered, row = encode(
         conversation("a?", f"{thought}one", "b?", f"{thought}two"), named("model", THINKING, tokenizer), tokenizer
@@ -234,7 +212,7 @@ def test_a_template_that_rewrites_history_is_masked_in_one_render(tokenizer: Any
     assert rendered.answer == f"{thought}two"
 
 
-def test_what_follows_the_prompt_is_for_the_model_to_write(tokenizer: Any) -> None:
+def test_what_follows_the_prompt_is_for_the_model_to_write(tokenizer: Any) -> None:  # T11
     rendered, row = encode(conversation("a?", "one", "b?", "two"), named("model", THINKING, tokenizer), tokenizer)
     assert runs(row, tokenizer) == [f"one{IM_END}", f"<think>\n\n</think>\n\ntwo{IM_END}"]
     assert rendered.text.startswith(rendered.prompt)
@@ -290,12 +268,12 @@ REWRITERS = {
 
 
 @pytest.mark.parametrize("text", REWRITERS.values(), ids=REWRITERS)
-def test_answers_that_cannot_be_found_are_refused(text: str, tokenizer: Any) -> None:
+def test_answers_that_cannot_be_found_are_refused(text: str, tokenizer: Any) -> None:  # T50
     with pytest.raises(RowError, match="rewrites answers"):
         chat.render(conversation("hello", "world"), named("model", text, tokenizer))
 
 
-def test_markers_in_the_wrong_place_are_not_believed(tokenizer: Any) -> None:
+def test_markers_in_the_wrong_place_are_not_believed(tokenizer: Any) -> None:  # T50
     text = CHATML.replace(
         "{{- '<|im_start|>'", "{%- generation %}{{- '' }}{{- 'x' }}{%- endgeneration %}{{- '<|im_start|>'"
     )
@@ -369,7 +347,7 @@ class TestChoosing:
 words = st.text(alphabet="ab \n\t日é😀<|>", min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     turns=st.lists(st.tuples(words, words.filter(str.strip)), min_size=1, max_size=3),
     name=st.sampled_from(["chatml", "llama3", "gemma", "qwen"]),
@@ -394,13 +372,13 @@ def test_whatever_is_said_the_answers_are_trained_and_nothing_else(
         assert not run.removesuffix(span).strip()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     turns=st.lists(st.tuples(words, words.filter(lambda text: text[0] in "ab日é")), min_size=1, max_size=3),
     name=st.sampled_from(["chatml", "gemma", "qwen"]),
     adds_bos=st.booleans(),
 )
-def test_the_served_prompt_is_the_beginning_of_what_was_trained(
+def test_the_served_prompt_is_the_beginning_of_what_was_trained(  # T8
     turns: list[tuple[str, str]], name: str, adds_bos: bool, backend: Any
 ) -> None:
     tokenizer = fast(backend, adds_bos=adds_bos)
@@ -419,15 +397,15 @@ class TestCutting:
     def row(self, backend: Any) -> tuple[Encoder, Encoded]:
         tokenizer = fast(backend, adds_bos=True)
         encoder = Encoder(tokenizer, "assistant")
-        return encoder, encoder.encode([chat.plain("a b c d e f g h", "two")])[0]
+        return encoder, encoder.encode([(chat.plain("a b c d e f g h", "two"), True)])[0]
 
-    def test_the_end_is_cut_without_a_new_eos(self, row: tuple[Encoder, Encoded]) -> None:
+    def test_the_end_is_cut_without_a_new_eos(self, row: tuple[Encoder, Encoded]) -> None:  # T12
         encoder, whole = row
         cut = encoder.cut_end(whole, len(whole.tokens) - 1)
         assert cut.tokens.tolist() == whole.tokens.tolist()[:-1]
         assert cut.supervised == whole.supervised - 1
 
-    def test_the_prompt_is_cut_after_bos_and_the_answer_stays(self, row: tuple[Encoder, Encoded]) -> None:
+    def test_the_prompt_is_cut_after_bos_and_the_answer_stays(self, row: tuple[Encoder, Encoded]) -> None:  # T12
         encoder, whole = row
         cut = encoder.cut_prompt(whole, len(whole.tokens) - 4)
         assert cut is not None
@@ -442,7 +420,7 @@ class TestCutting:
 
 
 def test_a_slow_tokenizer_is_refused_by_name() -> None:
-    from transformers import CanineTokenizer
+    from transformers import ByT5Tokenizer
 
-    with pytest.raises(SpecInvalid, match="CanineTokenizer is a slow tokenizer"):
-        Encoder(CanineTokenizer(), "assistant")
+    with pytest.raises(SpecInvalid, match="ByT5Tokenizer is a slow tokenizer"):
+        Encoder(ByT5Tokenizer(), "assistant")

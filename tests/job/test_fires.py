@@ -33,14 +33,16 @@ def run_of_container(folder: Path, scheduling: dict[str, str], kube_job: str) ->
 
 
 @pytest.mark.parametrize("kube_job", ["weekly-29461234", "weekly-29471314"])
-def test_a_fire_is_called_alike_by_its_container_and_by_the_launcher(tmp_path: Path, kube_job: str) -> None:
+def test_a_fire_is_called_alike_by_its_container_and_by_the_launcher(  # T28
+    tmp_path: Path, kube_job: str
+) -> None:
     run, of_spec = run_of_container(tmp_path, {"cron": "0 3 * * 1"}, kube_job)
     fire = {"kind": "Job", "metadata": {"name": kube_job, "labels": {RUN: of_spec, PER_FIRE: "true"}}}
     assert run == run_of(fire) != of_spec
     assert run.startswith(f"{of_spec}-")
 
 
-def test_without_a_schedule_the_jobs_name_is_no_part_of_the_runs_id(tmp_path: Path) -> None:
+def test_without_a_schedule_the_jobs_name_is_no_part_of_the_runs_id(tmp_path: Path) -> None:  # T28
     run, of_spec = run_of_container(tmp_path, {}, "weekly-29461234")
     assert run == of_spec
 

@@ -7,7 +7,7 @@ import pytest
 
 from job.errors import DataInvalid, SpecInvalid
 from job.formats import Conversation, PlainText, example_of, is_set_aside, key_of, recognise
-from job.rows import RowError
+from job.row_error import RowError
 from tests.job.tiny import numbered_rows
 
 U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
@@ -104,7 +104,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("row", "what"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], what: str) -> None:
+def test_a_row_that_cannot_be_used_says_why(row: dict[str, Any], what: str) -> None:  # T36
     shape = recognise(["prompt", "completion"], None, {}, "train.jsonl:1")
     with pytest.raises(RowError, match=re.escape(what)):
         example_of(row, shape, True)
@@ -126,7 +126,7 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("messages", "what"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-def test_messages_out_of_order_are_named_by_position(messages: Any, what: str) -> None:
+def test_messages_out_of_order_are_named_by_position(messages: Any, what: str) -> None:  # T36
     with pytest.raises(RowError, match=re.escape(what)):
         example({"messages": messages})
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from job import kernels
-from job.head import cross_entropy_sum
+from job.head import chunked_head, cross_entropy_sum
 from job.kernels import PaddingFree, Reference
 from job.prepared import Rows
 from tests.job.made import CPU, made_model, made_rows, made_spec
@@ -38,7 +38,7 @@ def chosen(core: torch.nn.Module, rows: Rows, probe: list[int], *first: kernels.
         return kernels.choose(core, rows, probe, Reference(0, DEVICE), nullcontext, torch.float32)
 
 
-def test_packed_rows_do_not_see_each_other(model_folder: Path) -> None:
+def test_packed_rows_do_not_see_each_other(model_folder: Path) -> None:  # T14
     core = made_model(model_folder, made_spec()).get_base_model().eval()
     rows = made_rows(LENGTHS, 300)
     together, targets = logits_of(PaddingFree(DEVICE), core, rows, [0, 1, 2, 3])
@@ -47,7 +47,7 @@ def test_packed_rows_do_not_see_each_other(model_folder: Path) -> None:
     torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-5)
 
 
-def test_packed_equals_padded_whatever_the_padding_token_is(model_folder: Path) -> None:
+def test_packed_equals_padded_whatever_the_padding_token_is(model_folder: Path) -> None:  # T7
     core = made_model(model_folder, made_spec()).get_base_model().eval()
     rows = made_rows(LENGTHS, 300)
     packed, targets = logits_of(PaddingFree(DEVICE), core, rows, [0, 1, 2, 3])
@@ -57,12 +57,16 @@ def test_packed_equals_padded_whatever_the_padding_token_is(model_folder: Path) 
         torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
 
 
-def test_supervised_tokens_are_the_same_in_both_kernels(tiny_llama: Path) -> None:
+def test_as_many_tokens_are_trained_in_every_kernel(tiny_llama: Path) -> None:  # T16
     rows = made_rows(LENGTHS, 300)
     expected = int(rows.supervised.sum())
     core = made_model(tiny_llama, made_spec()).get_base_model()
-    for kernel in (PaddingFree(DEVICE), Reference(0, DEVICE)):
-        assert len(logits_of(kernel, core, rows, [0, 1, 2, 3])[1]) == expected
+    head = chunked_head(core)
+    for kernel in (PaddingFree(DEVICE), PaddingFree(DEVICE, head), Reference(0, DEVICE), Reference(0, DEVICE, head)):
+        batch = kernel.collate(rows, [0, 1, 2, 3])
+        assert len(batch.targets) == expected
+        with torch.no_grad(), kernel.installed(core):
+            assert len(kernel.score(core, batch).losses) == expected
 
 
 def test_the_comparison_at_the_start_accepts_models_that_keep_rows_apart(model_folder: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from job import checkpoint
+from job.adapter import trained
 from job.checkpoint import State
 from job.errors import Conflict, Diverged
 from job.head import cross_entropy_sum
 from job.kernels import Kernel, PaddingFree, Reference
 from job.loop import Loop, Progress, learning_rates, make_optimizer
-from job.model import trained
 from job.order import Order
 from job.spec import JobSpec, Training
 from tests.job.made import CPU, made_model, made_rows, made_spec

@@ -1,6 +1,7 @@
 """The whole of ``prepare``: files in, sealed rows and a report out; and every refusal with its exit code."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from job import prepare, prepared
+from job import prepare, prepared, row_maker
 from job.exits import ExitCode
 from job.files import read_json
 from job.inputs import Input, Inputs, write_inputs
@@ -29,6 +30,7 @@ def run(tmp_path: Path, tiny_llama: Path) -> Run:
         model: Path = tiny_llama,
         evaluation: Sequence[Mapping[str, Any]] | None = None,
         training: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
         **data: Any,
     ) -> WorkDir:
         root = tmp_path / f"run-{next(count)}"
@@ -40,6 +42,7 @@ def run(tmp_path: Path, tiny_llama: Path) -> Run:
             "model": "tiny",
             "data": {"train": list(files), "eval": eval_.uri if eval_ else None, **data},
             "training": {"max_length": 128, **(training or {})},
+            "lora": lora or {},
         }
         workdir = WorkDir(root)
         workdir.spec.write_text(yaml.safe_dump(spec), encoding="utf-8")
@@ -88,9 +91,35 @@ def test_rows_come_back_as_they_were_written(run: Run) -> None:
         assert (labels[labels != prepared.IGNORED] == tokens[labels != prepared.IGNORED]).all()
         assert rows.supervised[i] == (labels != prepared.IGNORED).sum()
         assert tokenizer.decode(tokens[labels != prepared.IGNORED]) == row["completion"] + IM_END
-        assert tokenizer.decode(rows.prompt(i)).endswith("<|im_start|>assistant\n")
         assert rows.answer(i) == row["completion"]
         assert rows.origin(i) == f"train.jsonl:{i + 1}"
+
+
+def test_rows_that_are_evaluated_keep_the_prompt_the_model_is_asked_with(run: Run) -> None:
+    workdir = run(toy_rows(3), evaluation=toy_rows(30))
+    data, tokenizer = loaded(workdir), tokenizer_of(workdir)
+    assert data.eval is not None
+    for i, row in enumerate(toy_rows(30)):
+        messages = as_messages(row)["messages"][:-1]
+        served = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert data.eval.prompt(i).tolist() == served
+    assert len(data.train.prompt(0)) == 0
+
+
+def test_many_processes_make_what_one_makes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {"a.jsonl": numbered_rows(900), "b.csv": toy_rows(300)}
+    rows["a.jsonl"][450] = {"prompt": "x"}
+    alone = run(rows, eval_split=0.1, max_bad_rows=1)
+    monkeypatch.setattr(row_maker, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(row_maker, "_cpu_limit", lambda: 2)
+    monkeypatch.setattr(row_maker.os, "sched_getaffinity", lambda pid: {0, 1})
+    together = run(rows, eval_split=0.1, max_bad_rows=1)
+    for name in ("digest", "eval_digest"):
+        assert loaded(alone).info[name] == loaded(together).info[name]
+    assert read_json(alone.data_report) == read_json(together.data_report)
+    rows["a.jsonl"][440] = {"prompt": "y"}
+    assert refused(run(rows, max_bad_rows=1), ExitCode.DATA).startswith("a.jsonl:451: missing column")
+    assert multiprocessing.active_children() == []
 
 
 def test_more_rows_than_one_batch_keep_their_order(run: Run) -> None:
@@ -153,7 +182,38 @@ def test_duplicates_and_rows_also_in_training_are_reported(run: Run) -> None:
     assert report["train"]["duplicates"] == 4
     assert report["eval"]["also_in_train"] == 1
     assert report["eval"]["kept"] == 2
+    assert report["warnings"] == ["1 evaluation rows are trained on, too; the evaluation is too good by them"]
     assert loaded(workdir).info["eval_sources"] == ["eval.jsonl"]
+
+
+def test_what_each_file_gives_to_an_epoch_is_reported(run: Run) -> None:
+    workdir = run(
+        {"a.jsonl": numbered_rows(10), "b.jsonl": toy_rows(6)},
+        train=["a.jsonl", {"from": "b.jsonl", "weight": 0.5}],
+    )
+    sources = read_json(workdir.data_report)["sources"]
+    assert {name: (one["rows"], one["weight"], one["rows_per_epoch"]) for name, one in sources.items()} == {
+        "a.jsonl": (10, 1.0, 10),
+        "b.jsonl": (6, 0.5, 3),
+    }
+    rows = loaded(workdir).train
+    assert sources["b.jsonl"]["tokens"] == rows.lengths[rows.sources == 1].sum()
+
+
+def test_new_tokens_are_one_token_each_and_fit_the_model(run: Run) -> None:
+    rows = [{"prompt": "<fruit>", "completion": "<red>"}]
+    workdir = run(rows, lora={"new_tokens": ["<fruit>", "<red>"]})
+    info, tokenizer = loaded(workdir).info, tokenizer_of(workdir)
+    assert info["vocabulary"] == len(tokenizer)
+    assert info["new_tokens"] == tokenizer.convert_tokens_to_ids(["<fruit>", "<red>"])
+    assert set(info["new_tokens"]) <= set(loaded(workdir).train.tokens(0).tolist())
+
+
+def test_a_column_that_the_first_row_lacks_is_not_lost(run: Run) -> None:
+    rows = [toy_rows(1)[0], toy_rows(1)[0] | {"system": "Be brief."}]
+    workdir = run(rows)
+    texts = [tokenizer_of(workdir).decode(loaded(workdir).train.tokens(i)) for i in range(2)]
+    assert ["Be brief." in text for text in texts] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +241,7 @@ def test_a_model_without_template_gets_plain_text(run: Run, tiny_gpt2: Path) -> 
     assert tokenizer.chat_template is None
 
 
-def test_conversations_without_template_are_refused_with_the_names(run: Run, tiny_gpt2: Path) -> None:
+def test_conversations_without_template_are_refused_with_the_names(run: Run, tiny_gpt2: Path) -> None:  # T50
     message = refused(run(toy_messages(5), model=tiny_gpt2), ExitCode.CONFIG)
     assert message.startswith("train.jsonl holds conversations")
     assert "chatml, llama3, gemma, qwen" in message
@@ -217,7 +277,7 @@ ANSWER = {"prompt": "count", "completion": "one two " * 200}
         ("truncate_prompt", 21, 1, {"longer than training.max_length": 1}),
     ],
 )
-def test_long_rows_are_cut_or_dropped_and_counted(
+def test_long_rows_are_cut_or_dropped_and_counted(  # T12
     run: Run, policy: str, kept: int, cut: int, dropped: dict[str, int]
 ) -> None:
     workdir = run([*toy_rows(20), LONG, ANSWER], training={"long_rows": policy})
@@ -227,31 +287,33 @@ def test_long_rows_are_cut_or_dropped_and_counted(
     assert data.train.lengths.max() <= 128
     assert report["tokens"] == data.train.lengths.sum()
     assert report["supervised"] == data.train.supervised.sum()
-    assert report["lost_tokens"] > 200
+    assert report["lost_tokens"] == sum(report["lost_by"].values()) > 200
+    assert set(report["lost_by"]) == set(report["dropped"]) | set(report["cut_by"])
+    assert sum(rows for _, rows in report["histogram"]) == kept
     ends = [data.train.tokens(i)[-2] == data.info["eos_id"] for i in range(20, kept)]
     assert ends == ([True] if policy == "truncate_prompt" else [False] if policy == "truncate" else [])
 
 
-def test_a_long_row_is_named_where_that_is_wanted(run: Run) -> None:
+def test_a_long_row_is_named_where_that_is_wanted(run: Run) -> None:  # T12
     message = refused(run([*toy_rows(3), LONG], training={"long_rows": "error"}), ExitCode.DATA)
     assert message.startswith("train.jsonl:4: ")
     assert "training.max_length 128" in message
 
 
-def test_too_many_dropped_rows_are_refused_with_the_numbers(run: Run) -> None:
+def test_too_many_dropped_rows_are_refused_with_the_numbers(run: Run) -> None:  # T12
     rows = [*toy_rows(8), LONG, LONG]
     message = refused(run(rows), ExitCode.DATA)
     assert "2 of 10 rows dropped (2 longer than training.max_length 128 tokens (the longest has " in message
     assert len(loaded(run(rows, max_dropped=0.2)).train) == 8
 
 
-def test_data_that_would_train_nothing_is_refused(run: Run) -> None:
+def test_data_that_would_train_nothing_is_refused(run: Run) -> None:  # T12, T13
     assert "no row is left" in refused(run([LONG], max_dropped=1), ExitCode.DATA)
     truncated = run([LONG], max_dropped=1, training={"long_rows": "truncate"})
     assert "nothing left to train" in refused(truncated, ExitCode.DATA)
 
 
-def test_bad_rows_are_counted_by_reason_or_refused(run: Run) -> None:
+def test_bad_rows_are_counted_by_reason_or_refused(run: Run) -> None:  # T36
     rows = [*toy_rows(3), {"prompt": "x", "completion": None}, {"prompt": "x"}, {"prompt": "x", "completion": " "}]
     message = refused(run(rows, max_bad_rows=2), ExitCode.DATA)
     assert message.startswith("train.jsonl:6: empty answer")

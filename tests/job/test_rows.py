@@ -1,7 +1,8 @@
-"""Readers: every kind of file, and every way in which one can be broken."""
+"""Readers: every kind of file, and every way in which one can be broken (T36)."""
 
 import contextlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from job import json_array
 from job import rows as rows_module
 from job.errors import DataInvalid, InputMissing
 from job.inputs import Input
@@ -54,7 +56,7 @@ def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
         ("bom.csv", b"\xef\xbb\xbftext\none\ntwo\n"),
     ],
 )
-def test_line_ends_marks_and_blank_lines_do_not_matter(tmp_path: Path, name: str, content: bytes) -> None:
+def test_line_ends_marks_and_blank_lines_do_not_matter(tmp_path: Path, name: str, content: bytes) -> None:  # T36
     path = tmp_path / name
     path.write_bytes(content)
     assert [row.values for row in read(path)[0]] == [{"text": "one"}, {"text": "two"}]
@@ -93,7 +95,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("content", "where", "what"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, content: bytes, where: str, what: str) -> None:
+def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, content: bytes, where: str, what: str) -> None:  # T36
     path = tmp_path / "data.jsonl"
     path.write_bytes(ROW + content + ROW)
     message = refusal(path)
@@ -102,7 +104,7 @@ def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, content: bytes, w
 
 
 @pytest.mark.parametrize("content", [content for content, _, _ in BAD_ROWS.values()], ids=BAD_ROWS)
-def test_bad_rows_up_to_the_limit_are_skipped_and_counted(tmp_path: Path, content: bytes) -> None:
+def test_bad_rows_up_to_the_limit_are_skipped_and_counted(tmp_path: Path, content: bytes) -> None:  # T36
     path = tmp_path / "data.jsonl"
     path.write_bytes(ROW + content + ROW)
     found, bad = read(path, max_bad=1)
@@ -116,7 +118,7 @@ def test_one_bad_row_more_than_the_limit_is_refused(tmp_path: Path) -> None:
     assert refusal(path, max_bad=1).startswith("data.jsonl:3: invalid JSON")
 
 
-def test_a_huge_line_is_one_bad_row_and_reading_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_line_is_one_bad_row_and_reading_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # T36
     monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 100)
     path = tmp_path / "data.jsonl"
     path.write_bytes(ROW + b'{"text": "' + b"a" * 1000 + b'"}\n' + ROW)
@@ -138,7 +140,7 @@ BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
     "blank lines only": ("data.jsonl", b"\n\n", "holds no rows"),
     "empty array": ("data.json", b"[ ]", "holds no rows"),
     "header only": ("data.csv", b"text\n", "holds no rows"),
-    "unknown ending": ("data.txt", b"text", "the name ends in .txt; known are .jsonl"),
+    "unknown ending": ("data.md", b"text", "the name ends in .md; known are .jsonl"),
     "no ending": ("data", b"text", "ends in nothing"),
     "UTF-16": ("data.jsonl", '{"a": "b"}'.encode("utf-16"), "is UTF-16"),
     "not parquet": ("data.parquet", b"PAR1 no", "cannot be read as parquet"),
@@ -156,7 +158,7 @@ BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "what"), BROKEN_FILES.values(), ids=BROKEN_FILES)
-def test_a_broken_file_is_refused_with_the_reason(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+def test_a_broken_file_is_refused_with_the_reason(tmp_path: Path, name: str, content: bytes, what: str) -> None:  # T36
     path = tmp_path / name
     path.write_bytes(content)
     assert what in refusal(path)
@@ -167,6 +169,49 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:200] + b"\0" * 400 + content[600:])
     assert "cannot be read as parquet" in refusal(path)
+
+
+def test_a_text_file_has_a_row_for_each_paragraph(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_bytes("\ufeff\nOne\r\n  two.\r\n\r\n \t\nThree é\n\n".encode())
+    assert [(row.number, row.values) for row in read(path)[0]] == [
+        (2, {"text": "One\n  two."}),
+        (6, {"text": "Three é"}),
+    ]
+
+
+def test_a_paragraph_that_cannot_be_used_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 100)
+    path = tmp_path / "data.txt"
+    path.write_bytes(b"one\n\na\0b\n\n" + b"long line\n" * 20 + b"\ntwo\xff\n\nlast")
+    found, bad = read(path, max_bad=3)
+    assert [row.values["text"] for row in found] == ["one", "last"]
+    assert dict(bad.kinds) == {"NUL character": 1, "row too large": 1, "invalid UTF-8": 1}
+    assert [example.split(":")[1] for example in bad.examples] == ["3", "5", "26"]
+
+
+def test_an_array_is_read_on_wherever_the_window_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.json"
+    values = [{"text": "é" * n, "n": [n, {"a": "😀"}]} for n in range(30)]
+    path.write_text(json.dumps([*values, 1234567], ensure_ascii=False, indent=1), encoding="utf-8")
+    for size in (1, 7, 64):
+        monkeypatch.setattr(json_array, "_CHUNK_BYTES", size)
+        found, bad = read(path, max_bad=1)
+        assert [row.values for row in found] == values
+        assert bad.examples == ["data.json:31: not an object: a number stands where a row should"]
+
+
+def test_an_array_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": "😀" + "a" * 100_000}] * 200), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_rows(Input(path.name, path), BadRows(0)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 200
+    assert peak < path.stat().st_size
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
@@ -184,8 +229,8 @@ def test_messages_use_the_name_of_the_user_and_its_ending(tmp_path: Path) -> Non
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=200), ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet"]))
-def test_no_bytes_whatsoever_end_in_a_traceback(
+@given(content=st.binary(max_size=200), ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]))
+def test_no_bytes_whatsoever_end_in_a_traceback(  # T36
     tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str
 ) -> None:
     path = tmp_path_factory.mktemp("fuzz") / f"data{ending}"

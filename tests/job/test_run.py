@@ -137,11 +137,12 @@ def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(straight: Run, tmp
     assert [(one["exit_code"], one["message"]) for one in ledger] == [(None, "vanished"), (0, "")]
     assert ledger[0]["seconds"] > 0
     assert "going on from the checkpoint of step" in said
+    assert "an earlier attempt prepared, kept by this machine" in said
     assert run.adapter() == straight.adapter()
     assert run.losses() == straight.losses()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(
     straight: Run, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -158,12 +159,16 @@ def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(
     assert read_json(run.folder / "run/attempts/000001.json")["exit_code"] == 143
     assert not (run.folder / "run/manifest.json").exists()
 
+    shutil.rmtree(run.scratch)  # as for a pod that replaces this one elsewhere
     code, said = run.attempt()
     assert code == 0, said
     assert f"going on from the checkpoint of step {step}" in said
+    assert f"an earlier attempt prepared, kept by {run.folder}" in said
+    assert not list(run.folder.glob("run/prepared/**/*.*"))
     assert run.adapter() == straight.adapter()
 
 
+@pytest.mark.full
 def test_asked_to_leave_after_training_the_next_attempt_trains_nothing(straight: Run, tmp_path: Path) -> None:
     """Every other phase is met in test_pid1.py."""
     run = same_but_elsewhere(straight, tmp_path)

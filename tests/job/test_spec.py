@@ -240,7 +240,7 @@ def test_no_key_of_ours_is_refused_by_name_and_every_renamed_key_leads_to_one():
     assert not last & {key for key in REFUSED if "*" not in key}
 
 
-def test_a_flood_of_unknown_keys_is_cut_before_each_is_explained():
+def test_a_flood_of_unknown_keys_is_cut_before_each_is_explained():  # T31
     lines = refused(SMALLEST + "\n".join(f"key{index}: 1" for index in range(20_000)))
     assert len(lines) == MAX_PROBLEMS + 1
     assert lines[-1] == f"and {20_000 - MAX_PROBLEMS} more problems"

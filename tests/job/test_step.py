@@ -215,3 +215,15 @@ def _count(loop: Loop, calls: list[int]) -> None:
         return before(*args, **kwargs)
 
     core.forward = forward
+
+
+def test_the_loss_is_ours_and_no_models_own(folder: Path) -> None:  # T4
+    """Labels never reach a model, so none can ignore how many tokens the step has."""
+    loop = loop_of(folder, made_spec(training={"batch_size": 4, "micro_batch_size": 1, "max_steps": 2}))
+    core: Any = loop.model.get_base_model()
+    seen: list[set[str]] = []
+    for module in (core, core.base_model):
+        module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    losses_of(loop)
+    assert seen
+    assert not any({"labels", "num_items_in_batch"} & names for names in seen)

@@ -82,7 +82,7 @@ SCALARS = {
 
 
 @pytest.mark.parametrize(("text", "value"), SCALARS.items())
-def test_a_plain_scalar_means_what_the_core_schema_says(text, value):
+def test_a_plain_scalar_means_what_the_core_schema_says(text, value):  # T31
     assert same(value_of(f"a: {text}")["a"], value)
     assert same(parse_scalar(text), value)
 

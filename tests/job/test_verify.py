@@ -9,9 +9,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from job import verify
+from job.adapter import save_adapter, trained
 from job.errors import IntegrityFailure
 from job.files import read_json, write_json
-from job.model import load_base, save_adapter, trained
+from job.model import load_base
 from tests.job.made import CPU, made_model, made_spec
 
 SPEC = made_spec()
@@ -39,7 +40,7 @@ def first(tensors: dict[str, torch.Tensor], part: str = "lora_A") -> str:
     return next(name for name in sorted(tensors) if part in name)
 
 
-def test_a_sound_adapter_passes_and_its_files_agree(sealed: Path) -> None:
+def test_a_sound_adapter_passes_and_its_files_agree(sealed: Path) -> None:  # T21
     weights = verify.check_structure(sealed, SPEC)
     assert len(weights) == 28
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
@@ -70,13 +71,15 @@ def test_another_base_in_its_config_is_refused(sealed: Path) -> None:
         verify.check_structure(sealed, SPEC)
 
 
-def test_tensors_that_stock_peft_would_skip_with_a_warning_are_refused(sealed: Path, tiny_llama: Path) -> None:
+def test_tensors_that_stock_peft_would_skip_with_a_warning_are_refused(  # T21
+    sealed: Path, tiny_llama: Path
+) -> None:
     (sealed / "adapter_model.bin").unlink()
     rewrite(sealed, lambda t: t.update({first(t).replace("layers.0", "layers.7"): t[first(t)].clone(), **_partner(t)}))
     weights = verify.check_structure(sealed, SPEC)
     model = PeftModel.from_pretrained(load_base(tiny_llama, SPEC, CPU), str(sealed))
     with pytest.raises(IntegrityFailure, match="stock PEFT loads other tensors"):
-        verify._check_loaded(model, weights)
+        verify.check_loaded(model, weights)
 
 
 def _partner(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from job import outcome
+from job.adapter import trained
 from job.device import place
 from job.errors import DeviceFailure, DeviceOutOfMemory, DiskFailure, JobError, SpecInvalid, TemporaryFailure
 from job.exits import ExitCode
 from job.failures import as_torch_failure
 from job.files import sealing
 from job.memory import available_bytes, peak_bytes, reset_peak
-from job.model import load_base, quantization_config, trained
+from job.model import load_base, quantization_config
 from tests.job.made import CPU, made_spec
 
 
@@ -71,7 +72,7 @@ def test_the_cpu_trains_in_float32_and_refuses_float16() -> None:
 def test_t49_adapters_are_float32_over_a_16_bit_base_whose_embeddings_stay_16_bit(tiny_llama: Path) -> None:
     from dataclasses import replace
 
-    from job.model import add_adapter
+    from job.adapter import add_adapter
 
     spec = made_spec(method="qlora")
     half = replace(CPU, precision=torch.bfloat16)
@@ -89,9 +90,9 @@ def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path, tiny_g
     from peft import PeftModel
 
     from job import verify
+    from job.adapter import add_adapter, save_adapter
     from job.kernels import PaddingFree
     from job.loop import Loop, make_optimizer
-    from job.model import add_adapter, save_adapter
     from job.order import Order
     from tests.job.made import made_rows
 

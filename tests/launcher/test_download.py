@@ -97,8 +97,10 @@ def test_the_adapter_is_fetched_with_its_manifest_and_is_a_run_again(store: Dire
 
 
 def test_everything_is_all_that_is_committed_or_recorded(store: DirectoryStore, tmp_path: Path) -> None:
+    prepared = f"{layout.prepared_prefix('k1')}train/data.arrow"  # the user's data, of a run that is not published
+    store.write(prepared, b"tokens")
     fetch(store, tmp_path / "here", everything=True)
-    left_out = {"checkpoints/checkpoint-4/half.bin", "run/.lock"}
+    left_out = {"checkpoints/checkpoint-4/half.bin", "run/.lock", prepared}
     assert there(tmp_path / "here") == {k: v for k, v in there(tmp_path / "run").items() if k not in left_out}
 
 

@@ -102,8 +102,99 @@ def test_runs_are_compared_as_on_the_first_users_page() -> None:
         "| 一般的なファインチューニング |",
         "| QLoRA (big-11112222) | 600 MiB | 312 トークン/秒 | トークン正解率 97.5%, 損失 0.1250 "
         "| 大規模モデル・メモリ制限時 |",
+        "",
+        "| 実行 | 損失 | パープレキシティ | トークン正解率 | 完全一致 |",
+        "| --- | --- | --- | --- | --- |",
+        "| support-1a2b3c4d | 0.1250 | 1.133 | 97.5% | 93.8% |",
+        "| big-11112222 | 0.1250 | 1.133 | 97.5% | - |",
     ]
     assert table(runs).splitlines()[0] == "| method | memory | training speed | accuracy | use |"
+
+
+def measured_anew() -> dict[str, Any]:
+    """A record with everything that an evaluation takes: differences with intervals, and figures of answers."""
+    result = record(evaluation__generated_rows=64, evaluation__steps=600, evaluation__published_step=600)
+    evaluation = result["evaluation"]
+    evaluation["base"] |= {"extracted_match": 0.25, "chrf": 12.5, "rouge_l": 0.125}
+    evaluation["tuned"] |= {"extracted_match": 0.75, "chrf": 50.0, "rouge_l": 0.5}
+    evaluation["difference"] = {
+        key: {
+            "value": tuned - evaluation["base"][key],
+            "standard_error": abs(tuned) / 100,
+            "low": tuned - evaluation["base"][key] - abs(tuned) / 50,
+            "high": tuned - evaluation["base"][key] + abs(tuned) / 50,
+        }
+        for key, tuned in evaluation["tuned"].items()
+    }
+    return result
+
+
+def test_the_summary_says_how_sure_each_difference_is() -> None:
+    lines = summary(Results("runs/x", measured_anew())).splitlines()
+    assert lines[2:11] == [
+        "                      base      tuned   difference [95 %]",
+        "loss                3.2500     0.1250   -3.1250 [-3.1275, -3.1225]",
+        "perplexity          25.790      1.133   -24.657 [-24.680, -24.634]",
+        "token accuracy       40.0%      97.5%   +57.5 [+55.5, +59.4]",
+        "exact match           0.0%      93.8%   +93.8 [+91.9, +95.6]",
+        "extracted            25.0%      75.0%   +50.0 [+48.5, +51.5]",
+        "chrF                  12.5       50.0   +37.5 [+36.5, +38.5]",
+        "ROUGE-L              0.125      0.500   +0.375 [+0.365, +0.385]",
+        "",
+    ]
+    assert lines[11] == "held out        128 rows, none of them in the training data, 64 answered"
+
+
+def test_a_single_row_leaves_a_difference_without_an_interval() -> None:
+    result = measured_anew()
+    result["evaluation"]["difference"]["loss"] |= {"standard_error": None, "low": None, "high": None}
+    assert "loss                3.2500     0.1250   -3.1250" in summary(Results("runs/x", result)).splitlines()
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "the last step planned": ({"steps": 9, "published_step": 9, "stopped_early": None, "best": None}, None),
+    "the last, which is the best": (
+        {"steps": 9, "published_step": 9, "stopped_early": None, "best": {"step": 9, "loss": 1.5}},
+        None,
+    ),
+    "the best": (
+        {"steps": 9, "published_step": 6, "stopped_early": None, "best": {"step": 6, "loss": 1.5}},
+        "published       step 6, of the lowest evaluation loss (1.5000)",
+    ),
+    "stopped early": (
+        {"steps": 9, "published_step": 9, "stopped_early": {"planned_steps": 1200}, "best": {"step": 6, "loss": 1.5}},
+        "published       step 9, stopped early at step 9 of 1,200",
+    ),
+    "the best of a run stopped early": (
+        {"steps": 9, "published_step": 6, "stopped_early": {"planned_steps": 12}, "best": {"step": 6, "loss": 1.5}},
+        "published       step 6, of the lowest evaluation loss (1.5000), stopped early at step 9 of 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_the_summary_says_which_state_is_published_where_it_is_not_simply_the_last(case: str) -> None:
+    changes, line = PUBLISHED[case]
+    result = record()
+    result["evaluation"] |= changes
+    found = [one for one in summary(Results("runs/x", result)).splitlines() if one.startswith("published")]
+    assert found == ([line] if line else [])
+
+
+def test_every_figure_of_runs_is_compared_with_its_interval() -> None:
+    runs = [Results("a", measured_anew()), Results("b", record(run="old-1"))]
+    lines = table(runs).splitlines()
+    assert lines[5:10] == [
+        "| run | loss | perplexity | token accuracy | exact match | extracted | chrF | ROUGE-L |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| support-1a2b3c4d | 0.1250 (-3.1250 [-3.1275, -3.1225]) | 1.133 (-24.657 [-24.680, -24.634]) "
+        "| 97.5% (+57.5 [+55.5, +59.4]) | 93.8% (+93.8 [+91.9, +95.6]) | 75.0% (+50.0 [+48.5, +51.5]) "
+        "| 50.0 (+37.5 [+36.5, +38.5]) | 0.500 (+0.375 [+0.365, +0.385]) |",
+        "| old-1 | 0.1250 | 1.133 | 97.5% | 93.8% | - | - | - |",
+        "",
+    ]
+    assert lines[10].startswith("Tuned; in brackets the difference to the base with its 95 % interval")
+    assert "抽出一致" in table(runs, "ja")
 
 
 def test_unlike_runs_are_not_passed_off_as_a_comparison_of_methods() -> None:

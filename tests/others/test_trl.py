@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from job.evaluate import measure
+from job.head import chunked_head
 from job.kernels import PaddingFree
 from job.loop import Loop, make_optimizer
 from job.order import Order
@@ -26,7 +28,8 @@ def rows_and_order() -> tuple[Any, Order]:
 def our_losses(folder: Path) -> list[float]:
     rows, order = rows_and_order()
     model = made_model(folder, SPEC)
-    loop = Loop(model, make_optimizer(model, SPEC.training), rows, order, SPEC.training, PaddingFree(CPU.device), CPU)
+    kernel = PaddingFree(CPU.device, chunked_head(model.get_base_model()))
+    loop = Loop(model, make_optimizer(model, SPEC.training), rows, order, SPEC.training, kernel, CPU)
     return [progress.loss for progress in loop.run(lambda: False)]
 
 
@@ -99,7 +102,7 @@ def test_trl_trains_the_line_break_after_the_end_of_turn_and_we_do_not(tiny_llam
     template = chat.choose(None, tokenizer)
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     rendered = chat.render(Conversation(turns), template)
-    (ours,) = Encoder(tokenizer, "assistant").encode([rendered])
+    (ours,) = Encoder(tokenizer, "assistant").encode([(rendered, False)])
     data = Dataset.from_list([{"prompt": [turns[0]], "completion": [turns[1]]}])
     settings = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = SFTTrainer(
@@ -111,3 +114,44 @@ def test_trl_trains_the_line_break_after_the_end_of_turn_and_we_do_not(tiny_llam
     theirs_trained = [label for label in theirs["labels"] if label != -100]
     assert tokenizer.decode(ours_trained) == f"{answer}<|im_end|>"
     assert tokenizer.decode(theirs_trained) == f"{answer}<|im_end|>\n"
+
+
+def test_their_evaluation_loss_depends_on_the_batch_size_and_ours_does_not(tiny_llama: Path, tmp_path: Path) -> None:
+    """T5: where normalisation differs by design. A mean of batches' means weighs a token by who stands beside it."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    folder = tiny_llama
+    # Rows with few and with many trained tokens.
+    rows = made_rows([6, 60] * 6, 300, prompt=4)
+    tokens = [rows.tokens(row).tolist() for row in range(len(rows))]
+    data = Dataset.from_dict({"input_ids": tokens, "labels": [rows.labels(row).tolist() for row in range(len(rows))]})
+
+    def theirs(size: int) -> float:
+        settings = SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_eval_batch_size=size,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = made_model(folder, SPEC)
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+        )
+        return float(trainer.evaluate()["eval_loss"])
+
+    def ours(budget: int) -> float:
+        core = made_model(folder, SPEC).get_base_model()
+        return measure(core, rows, PaddingFree(CPU.device, chunked_head(core)), CPU, budget).loss
+
+    their_losses_by_size = [theirs(size) for size in (1, 12)]
+    our_losses_by_budget = [ours(budget) for budget in (64, 1024)]
+    assert abs(our_losses_by_budget[0] - our_losses_by_budget[1]) <= 1e-6
+    assert abs(their_losses_by_size[0] - their_losses_by_size[1]) > 1e-4
+    # All rows in one batch is the case in which both count alike.
+    assert abs(their_losses_by_size[1] - our_losses_by_budget[0]) <= 1e-5
