@@ -28,7 +28,7 @@ LABELS = --build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproje
     --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude '*') \
     --build-arg CREATED=$(shell git log -1 --format=%cI)
 
-.PHONY: help set-up run test test-full test-slow test-others test-image test-cluster test-cluster-full bench-launcher bench-data \
+.PHONY: help set-up run test test-full test-slow test-others test-gpu-fake test-image test-cluster test-cluster-full bench-launcher bench-data \
 	bench-train check format docs lock base-image image image-store clean
 
 help:  ## what there is
@@ -52,7 +52,7 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 --dist worksteal -m 'not slow and not full and not others and not image and not cluster'
+	$(TEST) -n 2 --dist worksteal -m 'not slow and not full and not others and not image and not cluster and not gpu_fake'
 
 test-full: $(READY)  ## whole runs interrupted at every moment and by every signal; `make test` has the shorter ones
 	$(TEST) -n 2 --dist worksteal -m 'full and not cluster'
@@ -63,6 +63,23 @@ test-slow: $(READY) models/SmolLM2-135M-Instruct  ## the tests that train the sm
 test-others: $(READY)  ## the tests beside other trainers
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[others]' -c docker/constraints.txt
 	$(TEST) -m others
+
+FAKE_CUDA ?= ../shared/tools/fakecuda
+CUDA_VENV := build/cuda-venv
+# === keeps pip from taking a +cpu build that lies on the machine.
+CUDA_WHEELS := 'torch===2.13.0' $(foreach name,transformers peft accelerate bitsandbytes datasets,\
+    $(shell sed -n 's/^$(name)==[^ ;]*/&/p' docker/constraints.txt)) pydantic pyyaml pytest
+
+test-gpu-fake: $(CUDA_VENV)/.ready  ## the tests on a GPU that is not there: torch's CUDA build, about 5 GB, once
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false LD_PRELOAD=$(CURDIR)/build/stubs/libfakecudart.so \
+	    LD_LIBRARY_PATH=$(CURDIR)/build/stubs $(CUDA_VENV)/bin/python -m pytest -m gpu_fake tests/gpu
+
+$(CUDA_VENV)/.ready: docker/constraints.txt
+	@test -e $(FAKE_CUDA)/build_stubs.py || { echo 'no fake GPU here: $(FAKE_CUDA) is absent (FAKE_CUDA=DIR)'; exit 1; }
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet --progress-bar off --disable-pip-version-check $(CUDA_WHEELS)
+	$(CUDA_VENV)/bin/python $(FAKE_CUDA)/build_stubs.py build/stubs
+	touch $@
 
 test-image: $(READY)  ## the tests of the image that `make image` built, and of its locks against the index
 	TUNEJOB_TEST_IMAGE=$(IMAGE) TUNEJOB_TEST_WHEELS='$(WHEELS)' $(TEST) -m image tests/image

@@ -114,17 +114,14 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
     wanted = spec.lora
     if wanted.init == "orthogonal" and any(rank % 2 for rank in (wanted.r, *wanted.rank_pattern.values())):
         raise SpecInvalid("lora.init: orthogonal needs even ranks; change lora.r or lora.rank_pattern")
-    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    names = parts.linear(base)
     for key, pattern in (("rank_pattern", wanted.rank_pattern), ("alpha_pattern", wanted.alpha_pattern)):
         _refuse_idle(key, pattern, names)
-    everything = wanted.target_modules == "all-linear"
     return LoraConfig(
         r=wanted.r,
         lora_alpha=_plain(wanted.alpha),
         lora_dropout=wanted.dropout,
-        target_modules="all-linear" if everything else list(wanted.target_modules),
-        # Routers and towers for images or sound are linear too, and not what all-linear means.
-        exclude_modules=(parts.apart(base) or None) if everything else None,
+        target_modules=_targets(base, spec),
         init_lora_weights=wanted.init if wanted.init in ("gaussian", "orthogonal") else True,
         use_rslora=wanted.use_rslora,
         use_dora=wanted.use_dora,
@@ -135,6 +132,27 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
         trainable_token_indices=_trainable(base, spec, tokens),
         task_type="CAUSAL_LM",
     )
+
+
+def _targets(base: Any, spec: JobSpec) -> list[str]:
+    """Names of the layers to adapt.
+
+    ``all-linear`` is resolved here: peft's own would take routers and towers for images too, and of some mixtures of
+    experts the fused experts along with their router.
+    """
+    fused, wanted = parts.fused_names(base), spec.lora.target_modules
+    if wanted != "all-linear":
+        if taken := [name for name in wanted if name.rsplit(".", 1)[-1] in fused]:
+            raise SpecInvalid(
+                f"lora.target_modules: {', '.join(taken)}: of a {base.config.model_type} peft would adapt the experts "
+                "or the router, which are no linear layers, under this name; leave it out"
+            )
+        return list(wanted)
+    spared = {*parts.apart(base), *parts.heads(base)}
+    names = [name for name in parts.linear(base) if name not in spared and name.rsplit(".", 1)[-1] not in fused]
+    if not names:
+        raise SpecInvalid("lora.target_modules: all-linear finds no linear layer in this model; name layers of it")
+    return names
 
 
 def _plain(alpha: float) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m job.look``: what a spec's model and data are, and what training would make of them. No torch, no weights.
+"""``python -m job.look``: what a spec's model and data are, and what training would make of them. No weights.
 
 Where the tokenizer can be read, the rows are prepared as in a run, and the report is that of the run.
 """

@@ -26,7 +26,9 @@ def empty(folder: Path, name: str) -> Any:
     """The model without weights. Raises SpecInvalid where transformers knows no such model."""
     config = _config(folder, name)
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # what replaced the weights took no notice of ties
+    return model
 
 
 def check_targets(folder: Path, spec: JobSpec) -> None:

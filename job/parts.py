@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -60,13 +61,30 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in _WORDS if words.search(name)), "other")
 
 
+def linear(model: nn.Module) -> list[str]:
+    """Names of the linear layers, quantised ones too."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
 def apart(model: nn.Module) -> list[str]:
     """Linear layers that ``all-linear`` leaves alone: routers, and towers for images or sound."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and kind_of(name) in ("router", "vision")
-    ]
+    return [name for name in linear(model) if kind_of(name) in ("router", "vision")]
+
+
+def heads(model: Any) -> list[str]:
+    """The name of the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def fused_names(model: Any) -> set[str]:
+    """Names of layers under which peft adapts fused experts and their router instead, where it does so.
+
+    Mixtures of experts used to be lists of linear layers; peft still translates the old names.
+    """
+    patterns = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
+    names = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
+    return set(names.get(patterns.get(model.config.model_type), {}))
 
 
 def quantizable(model: Any) -> set[str]:

@@ -1,5 +1,6 @@
 """Rows to tokens and masks, on several cores where there is enough to do; what comes out is in order and the same."""
 
+import logging
 import os
 import threading
 from collections import deque
@@ -18,6 +19,8 @@ from job.formats import Shape, example_of, is_set_aside, key_of
 from job.process import Identity, this_process
 from job.row_error import RowError
 from job.rows import BadRow, Row
+
+log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 200
 _BATCH_CHARACTERS = 1_000_000
@@ -150,17 +153,26 @@ def in_order(maker: RowMaker, work: Iterator[Batch], processes: int) -> Generato
         TemporaryFailure: a process vanished.
         JobError: as ``work`` raises, once what came before was given out.
     """
-    if processes == 1:
+    pool = _pool(maker, processes) if processes > 1 else None
+    if pool is None:
         for batch in work:
             yield from maker.make(batch)
         return
-    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin, (maker, this_process()))
     try:
         yield from _through(pool, work, 2 * processes)
     except BrokenProcessPool as error:
         raise TemporaryFailure("prepare: a process was ended from outside; too little memory, most often") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(maker: RowMaker, processes: int) -> ProcessPoolExecutor | None:
+    """The processes; None where the system has no semaphores to share (no /dev/shm)."""
+    try:
+        return ProcessPoolExecutor(processes, get_context("fork"), _begin, (maker, this_process()))
+    except (OSError, NotImplementedError) as error:
+        log.info("rows are made by one process: %s", error)
+        return None
 
 
 def _through(pool: ProcessPoolExecutor, work: Iterator[Batch], ahead: int) -> Iterator[Made | BadRow]:

@@ -43,6 +43,11 @@ def loading_place(spec: JobSpec, placement: Placement) -> Placement:
     return replace(placement, device=torch.device("cpu")) if wanted else placement
 
 
+def verifying_place(spec: JobSpec, placement: Placement) -> Placement:
+    """Where the one process that verifies the adapter reads the base: no device has room for one that is shared."""
+    return replace(placement, device=torch.device("cpu")) if spec.training.parallelism == "shard" else placement
+
+
 def shard(core: nn.Module, placement: Placement) -> None:
     """Shares a causal language model's frozen layers out over all ranks and moves the rest to the device.
 

@@ -30,6 +30,7 @@ from job.memory import available_bytes
 from job.model import load_base
 from job.outcome import record
 from job.prepared import INFO
+from job.sharded import verifying_place
 from job.spec import JobSpec, read
 from job.workdir import WorkDir
 
@@ -56,7 +57,7 @@ def run(workdir: WorkDir) -> ExitCode:
         log.warning("verification is structural only: %s", reason)
         write_json(workdir.verification, {"level": "structural", "reason": reason, "tensors": len(found)})
         return ExitCode.OK
-    placement = place(spec)
+    placement = verifying_place(spec, place(spec))
     base = load_base(model_folder, spec, placement)
     if (tokens := Tokens.of(spec, read_json(workdir.prepared / INFO))) is not None:
         make_room(base, tokens.vocabulary)

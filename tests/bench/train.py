@@ -33,8 +33,20 @@ SAME_LOSS = 1e-4
 """Largest relative difference of a step's loss between arms."""
 
 TARGETS = {
-    "GSM8K": [(OURS, DEFAULTS, 2.0), (OURS, BEST, 1.2), (PRIVATE, BEST, 1.5), (EVAL_OURS, EVAL_TRAINER, 2.0)],
-    "wide mix": [(OURS, DEFAULTS, 2.5), (OURS, BEST, 1.8), (EVAL_OURS, EVAL_TRAINER, 2.0)],
+    "GSM8K": [
+        (OURS, DEFAULTS, 2.0),
+        (OURS, BEST, 1.2),
+        (PRIVATE, BEST, 1.5),
+        (EVAL_OURS, EVAL_TRAINER, 2.0),
+        (EVAL_PRIVATE, EVAL_TRAINER, 2.0),
+    ],
+    "wide mix": [
+        (OURS, DEFAULTS, 2.5),
+        (OURS, BEST, 1.8),
+        (PRIVATE, BEST, 1.8),
+        (EVAL_OURS, EVAL_TRAINER, 2.0),
+        (EVAL_PRIVATE, EVAL_TRAINER, 2.0),
+    ],
 }
 """An arm, what it is compared with, and how many times as many useful tokens a CPU-second it has to reach."""
 

@@ -52,9 +52,9 @@ def loop_on_gpu(spec: JobSpec, sizes: dict[str, Any], mode: FakeTensorMode, worl
     to_gpu(model, mode)
     training = spec.training
     rows = made_rows([training.max_length] * 2 * training.batch_size, 1000)
+    if shards(spec, place):  # outside of the mode, which would fake the mesh of ranks too
+        shard(core, place)
     with inside(mode):
-        if shards(spec, place):
-            shard(core, place)
         optimizer = make_optimizer(model, training)
         order = Order(rows.sources, [1.0], training, "digest")
         kernel = PaddingFree(place.device, replace(head, weight=core.get_output_embeddings().weight))
@@ -174,7 +174,10 @@ def _state(state: Any, fake: Callable[[Tensor], Tensor]) -> Any:
 class _Moment:
     """Stands in for an event: fake tensors have nothing to wait for."""
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
         pass
 
     def synchronize(self) -> None:

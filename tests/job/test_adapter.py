@@ -1,6 +1,7 @@
 """The adapter: that it trains, leaves the base alone, and is the same after saving and loading."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +265,11 @@ def test_only_the_rows_of_new_tokens_train(base: str, request: pytest.FixtureReq
     tied = base != "tiny_llama"
     assert [tuple(p.shape) for p in rows.values()] == [(2, 64)] * (1 if tied else 2)
     core: Any = model.get_base_model()
-    assert core.get_input_embeddings().base_layer.weight.shape[0] == VOCABULARY[base] + 2
+    assert core.get_input_embeddings().token_adapter.base_layer.weight.shape[0] == VOCABULARY[base] + 2
     before = frozen(model)
     values = {name: p.detach().clone() for name, p in rows.items()}
     model.train()
-    ids = torch.cat([IDS, torch.tensor([[VOCABULARY[base], VOCABULARY[base] + 1]] * 2)], 1)
+    ids = torch.cat([IDS, torch.tensor([[VOCABULARY[base], VOCABULARY[base] + 1, 9]] * 2)], 1)
     optimizer = make_optimizer(model, spec.training)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
@@ -287,8 +288,6 @@ def test_new_rows_begin_as_the_mean_of_the_old_ones(tiny_llama: Path) -> None:  
 
 
 def test_a_16_bit_base_keeps_its_embeddings_and_its_adapter_is_float32(tiny_llama: Path) -> None:  # T34, T49
-    from dataclasses import replace
-
     placement = replace(CPU, precision=torch.bfloat16)
     spec = made_spec(method="qlora", training={"learning_rate": 1e-6, "gradient_checkpointing": True})
     model = add_adapter(load_base(tiny_llama, spec, placement), spec, placement)
@@ -313,7 +312,7 @@ def test_a_16_bit_base_keeps_its_embeddings_and_its_adapter_is_float32(tiny_llam
 
 
 def test_the_file_is_as_large_as_its_tensors(tmp_path: Path, tiny_llama: Path) -> None:  # T21
-    spec = made_spec(lora={"r": 32})
+    spec = made_spec(lora={"r": 64})
     model = adapted(tiny_llama, spec, "tiny_llama")
     save_adapter(model, tmp_path, "safetensors")
     bytes_ = 4 * sum(p.numel() for p in trained(model).values())

@@ -282,7 +282,7 @@ def test_a_run_killed_after_its_best_step_stops_early_and_publishes_the_same_thr
     """T22, T25: whole attempts; the best adapter comes back inside the newest checkpoint."""
     sections: dict[str, Any] = {
         "training": {"max_steps": 60, "learning_rate": 0.05, "batch_size": 4, "max_length": 64, "logging_steps": 1},
-        "checkpoints": {"every_steps": 1, "keep": 1},
+        "checkpoints": {"every_steps": 1, "keep": "all"},
         "evaluation": {"every_steps": 1, "early_stopping": 4, "publish": "best"},
     }
     straight = make_run(tmp_path / "straight", tiny_llama, **sections)

@@ -12,7 +12,7 @@ import pytest
 from job import courier, layout, transfer
 from job.courier import Courier
 from job.directory import DirectoryStore
-from job.errors import AccessDenied, Fenced, IntegrityFailure, JobError, TemporaryFailure
+from job.errors import AccessDenied, Fenced, IntegrityFailure, Interrupted, JobError, TemporaryFailure
 from job.own import Ownership, claim
 from job.workdir import WorkDir
 
@@ -185,3 +185,48 @@ def test_a_store_that_stays_away_at_the_end_is_a_temporary_failure(store: Moody,
     with pytest.raises(TemporaryFailure):
         carrier.finish()
     assert [path.name for path in workdir.checkpoints.iterdir()] == ["checkpoint-2"]
+
+
+def test_what_is_sent_aside_holds_no_checkpoint_up_and_may_fail(
+    store: Moody, workdir: WorkDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    carrier, _ = made(store, workdir)
+    carrier.start()
+    began, go_on = threading.Event(), threading.Event()
+
+    def send(check: Callable[[], None], tick: Callable[[], None]) -> None:
+        began.set()
+        go_on.wait(30)
+        raise TemporaryFailure("the store is away")
+
+    carrier.send_aside("prepared rows", send)
+    assert began.wait(30)
+    seal(workdir, 2)
+    wait_until(lambda: carrier.committed == 2)
+    go_on.set()
+    wait_until(lambda: "prepared rows: not kept in the store (the store is away)" in caplog.text)
+    carrier.check()
+    carrier.stop()
+
+
+def test_what_is_sent_aside_ends_with_the_courier_and_not_in_a_run_that_is_lost(store: Moody, workdir: WorkDir) -> None:
+    carrier, ownership = made(store, workdir)
+    ended: list[JobError] = []
+
+    def until_it_raises(call: Callable[[], None]) -> None:
+        try:
+            while True:
+                call()
+                time.sleep(0.01)
+        except JobError as error:
+            ended.append(error)
+
+    def send(check: Callable[[], None], tick: Callable[[], None]) -> None:
+        until_it_raises(tick)
+        until_it_raises(check)
+
+    ownership.release("INTERRUPTED")
+    claim(store, "abc", heartbeat=False)
+    carrier.send_aside("prepared rows", send)
+    carrier.stop_aside(30)
+    assert [type(error) for error in ended] == [Interrupted, Fenced]

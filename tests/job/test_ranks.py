@@ -194,7 +194,9 @@ def test_a_base_is_shared_where_there_is_somebody_to_share_with(
     assert words in caplog.text
     assert bool(caplog.text) == bool(words)
     assert sharded.loading_place(spec, placement).device.type == ("cpu" if expected else device)
+    assert sharded.verifying_place(spec, placement).device.type == "cpu"
     replicated = made_spec(method=method)
+    assert sharded.verifying_place(replicated, placement) == placement
     assert sharded.shards(replicated, placement) is False
     assert sharded.loading_place(replicated, placement) == placement
 
