@@ -245,7 +245,6 @@ def _begin(layer: Any, a: Tensor, b: Tensor) -> None:
     layer.lora_A[NAME].weight.copy_(a)
     layer.lora_B[NAME].weight.copy_(b)
     rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
-    # bfloat16 would make of the two products' difference more than it is.
     plain = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=layer.use_rslora[NAME], init_lora_weights=False)
     layer.update_layer(FIRST, rank, alpha, config=plain)
     for part, values in ((layer.lora_A[FIRST], a), (layer.lora_B[FIRST], -b)):

@@ -17,7 +17,23 @@ GIB = 1 << 30
 CHUNK_BYTES = 1 << 26
 """Bytes of a chunk's logits in float32; ``job.head`` has the same number, and a test that says so."""
 
-CHUNKED = frozenset("llama mistral qwen2 qwen3 phi3 smollm3 olmo2 gemma gpt2 gemma2 gemma3_text granite cohere".split())
+CHUNKED = frozenset(
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "smollm3",
+        "olmo2",
+        "gemma",
+        "gpt2",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "cohere",
+    ]
+)
 """Model types whose logits are computed in chunks: the families of ``job.head``, as a test says."""
 
 CUDA_CONTEXT = 0.7 * GIB
@@ -140,7 +156,8 @@ def _weights(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]:
         yield Item(f"weights: {kind}, not quantised", math.ceil(loose / shared), here.width)
     if parts > 1:
         layer = sum(m.inputs * m.outputs * m.each for m in shapes.matrices)
-        yield Item("weights: two layers gathered", 2 * layer, each)
+        # FSDP2 computes with one, and holds the next as it arrives and as it is copied apart.
+        yield Item("weights: three layers gathered", 3 * layer, each)
 
 
 def _loose(matrix: Matrix) -> int:

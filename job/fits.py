@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from job.activations import Setting
 from job.errors import JobError
 from job.estimate import GIB, Estimate, estimate, recomputes, setting_of
 from job.exits import ExitCode
@@ -112,6 +113,18 @@ def _with(spec: JobSpec, change: str) -> JobSpec:
     parsed: Any = {"true": True}.get(value, int(value) if value.isdigit() else value)
     training = spec.training.model_copy(update={key.removeprefix("training."): parsed})
     return spec.model_copy(update={"training": training})
+
+
+def expected(config: Any, spec: JobSpec, here: Setting) -> dict[str, Any] | None:
+    """The estimate for a run that knows its device and its rows, for JSON; None for a family that is not known.
+
+    Args:
+        config: the model's, as transformers has it.
+    """
+    try:
+        return estimate(shapes_of(config.to_dict()), spec, here).record()
+    except UnknownFamily:
+        return None
 
 
 def built(folder: Path) -> Shapes:

@@ -29,6 +29,7 @@ _TOWERS = re.compile(
 )
 _ROUTERS = re.compile(r"(^|\.)(gate|router|\w+_router|shared_expert_gate|wg)(\.|$)")
 _WORDS = (
+    ("mlp", re.compile(r"(^|\.)shared_experts?(\.|$)")),  # every token passes through it
     ("experts", re.compile(r"(^|\.)(experts|\w*_experts?)(\.|$)")),
     ("norm", re.compile(r"(^|\.)(\w*norm\w*|ln_\w+|ln\d*)(\.|$)")),
     ("attention", re.compile(r"attn|attention|(^|\.)[qkvo]_proj(\.|$)")),

@@ -1,6 +1,6 @@
 """What servers make of an adapter: refused where vLLM or TGI refuse it, or serve it wrongly. No torch.
 
-From the sources of vLLM (``lora/peft_helper.py``, ``lora/utils.py``, ``config/lora.py``; 0.8 to 0.22) and of TGI 3
+From the sources of vLLM (``lora/peft_helper.py``, ``lora/utils.py``, ``config/lora.py``; 0.8 to 0.26) and of TGI 3
 (``adapters/lora.py``, ``utils/adapter.py``). TGI reads lora_A and lora_B and one scale; of everything else it says
 nothing and goes on without, which is worse than a refusal.
 """
@@ -13,11 +13,7 @@ from job.errors import SpecInvalid
 from job.spec import JobSpec
 
 VLLM_LARGEST_RANK = 512
-"""Largest `--max-lora-rank` of vLLM; its default is 16."""
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values `--max-lora-rank` takes; an adapter needs one that is not smaller."""
-TGI_LARGEST_RANK = 128
-"""Beyond it TGI's kernels fall out of their fast path and its rank padding has no case."""
+"""Largest `--max-lora-rank` of vLLM, which takes 1, 8, 16, 32, 64, 128, 256, 320 and 512; its default is 16."""
 TGI_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"})
 """The only layers into which TGI puts an adapter."""
 NAMES = {"vllm": "vLLM", "tgi": "TGI"}
@@ -137,13 +133,6 @@ RULES: tuple[Rule, ...] = (
         lambda a: a.bias != "none",
         "drops trained biases without a word",
         "set it to none, or serve the merged model",
-    ),
-    Rule(
-        "tgi",
-        "lora.r",
-        lambda a: a.rank > TGI_LARGEST_RANK,
-        f"takes ranks up to {TGI_LARGEST_RANK} (pissa and olora are published at twice their rank)",
-        "lower the rank, or serve the merged model",
     ),
     Rule(
         "tgi",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from job import assess, checkpoint, evaluate, kernels, parts, prepared, sharded
+from job.activations import Setting
 from job.adapter import Tokens, add_adapter, foreseen, save_adapter
 from job.checkpoint import State
 from job.child import setup_child
@@ -27,10 +29,11 @@ from job.errors import InternalError
 from job.exits import ExitCode
 from job.failures import as_torch_failure
 from job.files import sealing, write_json
+from job.fits import expected
 from job.inputs import read_inputs
 from job.loop import Loop, Progress, make_optimizer
 from job.model import load_base, save_quantization
-from job.order import Order
+from job.order import Order, costliest
 from job.outcome import record
 from job.spec import digest, read
 from job.workdir import WorkDir
@@ -236,6 +239,7 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> No
             "tokens": loop.progress.tokens,
             "tokens_per_second": round(here / worker.seconds["train"], 1) if here else None,
             "peak_memory_bytes": {"load": worker.peaks["load"], "train": worker.peaks["train"]},
+            "expected_memory_bytes": _expected(worker, loop),
             "device": placement.device.type,
             "ranks": placement.world,
             "parallelism": "shard" if sharded.is_shared(loop.model.get_base_model()) else "replicate",
@@ -247,6 +251,15 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> No
             "environment": checkpoint.environment(placement.device, placement.world),
         },
     )
+
+
+def _expected(worker: Worker, loop: Loop) -> dict[str, Any] | None:
+    """What the training should have held at its peak, to be compared with what it did; None if nobody knows."""
+    place, lengths = worker.placement, loop.rows.lengths
+    group = costliest(lengths, loop.budget, loop.kernel.padded)
+    tokens, longest = int(lengths[group].sum()), int(lengths[group].max())
+    here = Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
+    return expected(loop.model.get_base_model().config, worker.spec, here)
 
 
 def _base_dropout(model: PeftModel) -> float:

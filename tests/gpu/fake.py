@@ -76,7 +76,7 @@ def gpu(world: int = 1, precision: torch.dtype = torch.bfloat16) -> Placement:
 
 
 def base_without_weights(spec: JobSpec, sizes: dict[str, Any]) -> nn.Module:
-    """A Llama on the meta device as ``load_base`` gives it, its linear layers bitsandbytes' where the spec quantises."""
+    """A Llama on the meta device as ``load_base`` gives it; linear layers are bitsandbytes' if the spec quantises."""
     config = LlamaConfig(**sizes)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")

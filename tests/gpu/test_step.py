@@ -52,7 +52,9 @@ def test_nothing_of_trained_tokens_times_vocabulary_is_ever_made(seen: tuple[Liv
     tall = [
         (name, shape)
         for name, shape, _ in live.largest
-        if vocabulary in shape and width not in shape and max(n for n in shape if n != vocabulary) > loop.kernel.head.rows
+        if vocabulary in shape
+        and width not in shape
+        and max(n for n in shape if n != vocabulary) > loop.kernel.head.rows
     ]
     assert tall == []
     assert max(shape[0] for _, shape, _ in live.largest if shape[-1:] == (vocabulary,) and len(shape) == 2) <= width

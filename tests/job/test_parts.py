@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     MixtralConfig,
     Qwen2MoeConfig,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 
@@ -38,6 +39,10 @@ def mixtral() -> Any:
 def qwen2_moe() -> Any:
     special = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
     return Qwen2MoeConfig(**SMALL, **special, decoder_sparse_step=1)
+
+
+def qwen3_moe() -> Any:
+    return Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=16, head_dim=8)
 
 
 def gemma3() -> Any:
@@ -124,7 +129,7 @@ def test_routers_and_towers_are_no_targets_of_all_linear(config: Any, kind: str,
     assert len(linear) > len(parts.apart(empty(folder, "x")))
 
 
-@pytest.mark.parametrize("config", [mixtral, qwen2_moe])
+@pytest.mark.parametrize("config", [mixtral, qwen3_moe])
 def test_experts_are_never_adapted_under_another_name(config: Any, tmp_path: Path) -> None:  # T48
     folder = folder_of(config(), tmp_path)
     found = foreseen(folder, made_spec())
@@ -146,7 +151,7 @@ def test_experts_are_never_adapted_under_another_name(config: Any, tmp_path: Pat
         ("model.layers.0.mlp.gate.weight", "router"),
         ("model.layers.0.block_sparse_moe.gate", "router"),
         ("model.layers.0.mlp.experts.gate_up_proj", "experts"),
-        ("model.layers.0.mlp.shared_expert.up_proj", "experts"),
+        ("model.layers.0.mlp.shared_expert.up_proj", "mlp"),
         ("model.layers.0.input_layernorm.weight", "norm"),
         ("transformer.ln_f.bias", "norm"),
         ("model.vision_tower.encoder.layers.0.self_attn.q_proj", "vision"),

@@ -39,7 +39,6 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("tgi", "lora.modules_to_save", {"lora": {"modules_to_save": ["lm_head"]}}, "whole modules"),
     ("tgi", "lora.new_tokens", {"lora": {"new_tokens": ["<x>"]}}, "new tokens"),
     ("tgi", "lora.bias", {"lora": {"bias": "lora_only"}}, "biases"),
-    ("tgi", "lora.r", {"lora": {"r": 129}}, "up to 128"),
     (
         "tgi",
         "lora.rank_pattern or lora.alpha_pattern",

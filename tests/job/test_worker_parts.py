@@ -113,7 +113,7 @@ def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path, tiny_g
         assert losses[1] < losses[0]
         save_adapter(model, tmp_path / "adapter", "safetensors")
         again = PeftModel.from_pretrained(load_base(folder, spec, half), str(tmp_path / "adapter"))
-        verify._check_loaded(again, verify.check_structure(tmp_path / "adapter", spec))
+        verify.check_loaded(again, verify.check_structure(tmp_path / "adapter", spec))
 
 
 @pytest.mark.parametrize(
