@@ -87,7 +87,7 @@ class Data:
         measured = _typical(self.rows, batch, self.micro_batch, draw)
         evaluated = _typical(self.rows, held_out, self.micro_batch, draw + 1000)
         parts = {
-            "warm_up": [(row.tokens[-WARM_UP:], row.trained[-WARM_UP:]) for row in warm_up],
+            "warm_up": [_end(row) for row in warm_up],
             "tokens": [(row.tokens, row.trained) for row in measured],
             "held_out": [(row.tokens, row.trained) for row in evaluated],
         }
@@ -96,6 +96,13 @@ class Data:
         return Task(
             **tokens, labels=labels, max_length=self.max_length, micro_batch=self.micro_batch, budget=self.max_length
         )
+
+
+def _end(row: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """The last tokens of a row and their mask; nothing predicts the first, and not all arms leave it out."""
+    trained = row.trained[-WARM_UP:].copy()
+    trained[:1] = False
+    return row.tokens[-WARM_UP:], trained
 
 
 WARM_UP = 24
