@@ -10,8 +10,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from job import parts, serving
 from job.device import Placement
-from job.errors import IntegrityFailure, InternalError, SpecInvalid
+from job.errors import IntegrityFailure, SpecInvalid
 from job.model import empty, recompute
+from job.new_tokens import Tokens, make_room, rows_of
 from job.spec import JobSpec
 
 NAME = "default"
@@ -35,20 +35,6 @@ FIRST = "first"
 
 _FULL = 1024
 """Smallest side of a matrix up to which it is decomposed whole; above, its greatest singular values are looked for."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """New tokens, as the prepared tokenizer has them."""
-
-    ids: tuple[int, ...]
-    vocabulary: int
-    """Tokens of the tokenizer, new ones included."""
-
-    @classmethod
-    def of(cls, spec: JobSpec, info: Mapping[str, Any]) -> "Tokens | None":
-        """What ``prepared.json`` says of them; None where the spec names none."""
-        return cls(tuple(info["new_tokens"]), int(info["vocabulary"])) if spec.lora.new_tokens else None
 
 
 def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement, tokens: Tokens | None = None) -> PeftModel:
@@ -129,7 +115,7 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
         alpha_pattern={name: _plain(alpha) for name, alpha in wanted.alpha_pattern.items()},
         bias=wanted.bias,
         modules_to_save=list(wanted.modules_to_save) or None,
-        trainable_token_indices=_trainable(base, spec, tokens),
+        trainable_token_indices=rows_of(base, spec, tokens),
         task_type="CAUSAL_LM",
     )
 
@@ -169,43 +155,6 @@ def _refuse_idle(key: str, pattern: dict[str, Any], names: list[str]) -> None:
         if not found:
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names} - {""}))
             raise SpecInvalid(f"lora.{key}: {one!r} matches no linear layer of this model; they end in {endings}")
-
-
-# New tokens
-
-
-def make_room(base: Any, vocabulary: int) -> None:
-    """Gives embeddings and head a row for each of ``vocabulary`` tokens; new rows begin as the mean of the old ones."""
-    before = base.get_input_embeddings().weight.shape[0]
-    if vocabulary <= before:
-        return
-    base.resize_token_embeddings(vocabulary, mean_resizing=False)
-    base.requires_grad_(False)
-    for part in (base.get_input_embeddings(), base.get_output_embeddings()):
-        if part is not None and part.weight.device.type != "meta":
-            part.weight.data[before:] = part.weight.data[:before].float().mean(0).to(part.weight.dtype)
-
-
-def _trainable(base: Any, spec: JobSpec, tokens: Tokens | None) -> dict[str, list[int]] | None:
-    """Rows that train, by the name of their layer: the embeddings, and the head unless it is the same tensor."""
-    if not spec.lora.new_tokens:
-        return None
-    if tokens is None or not tokens.ids:
-        raise InternalError("lora.new_tokens: nobody said which ids they have")
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    parts = [embedding]
-    if head is not None and head.weight is not embedding.weight and not base.config.tie_word_embeddings:
-        parts.append(head)
-    names = [next(name for name, module in base.named_modules() if module is part) for part in parts]
-    endings = [name.rsplit(".", 1)[-1] for name in names]
-    twice = [ending for ending in endings if ending in {name.rsplit(".", 1)[-1] for name in spec.lora.modules_to_save}]
-    if twice:
-        raise SpecInvalid(
-            f"lora.new_tokens: {twice[0]} is among lora.modules_to_save and trains whole; leave it out there"
-        )
-    if len(parts) == 2 and head.bias is not None:  # peft's layer for trained rows forgets it
-        raise SpecInvalid("lora.new_tokens: this model's output head has a bias; use lora.modules_to_save instead")
-    return {ending: list(tokens.ids) for ending in endings}
 
 
 # First values that are parts of the base

@@ -115,14 +115,10 @@ def _with(spec: JobSpec, change: str) -> JobSpec:
     return spec.model_copy(update={"training": training})
 
 
-def expected(config: Any, spec: JobSpec, here: Setting) -> dict[str, Any] | None:
-    """The estimate for a run that knows its device and its rows, for JSON; None for a family that is not known.
-
-    Args:
-        config: the model's, as transformers has it.
-    """
+def expected(folder: Path, spec: JobSpec, here: Setting) -> Estimate | None:
+    """The estimate for a run that knows its device and its rows; None for a family that is not known."""
     try:
-        return estimate(shapes_of(config.to_dict()), spec, here).record()
+        return estimate(shapes_of(read_config(folder) or {}), spec, here)
     except UnknownFamily:
         return None
 

@@ -7,7 +7,6 @@ round away what was learned. What the result differs by from the adapter on the 
 """
 
 import argparse
-import gc
 import logging
 import shutil
 import sys
@@ -27,13 +26,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from job.adapter import make_room
 from job.device import DTYPES
 from job.errors import Conflict, InputMissing, IntegrityFailure, JobError, SpecInvalid
 from job.exits import ExitCode
 from job.files import read_json, sealing, write_json
 from job.layout import ADAPTER_CONFIG, QUANTIZATION_CONFIG
 from job.model import keep_unpacked
+from job.new_tokens import make_room
 from job.parts import quantizable
 from job.verify import check_loaded
 
@@ -104,12 +103,14 @@ def merge(wanted: Merge) -> dict[str, Any]:
     """
     tokenizer = _tokenizer(wanted)
     probes = [tokenizer(text, return_tensors="pt")["input_ids"][:, :64] for text in _PROBES]
-    before = logits_of(adapted(wanted, len(tokenizer)), probes)
-    gc.collect()
+    reference = adapted(wanted, len(tokenizer))
+    before = logits_of(reference, probes)
+    _empty(reference)
     wanted.output.parent.mkdir(parents=True, exist_ok=True)
     with sealing(wanted.output) as scratch:
-        _write(merged(wanted, len(tokenizer)), tokenizer, wanted, scratch)
-        gc.collect()
+        model = merged(wanted, len(tokenizer))
+        _write(model, tokenizer, wanted, scratch)
+        _empty(model)
         result = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto", local_files_only=True)
         found = difference(before, logits_of(result, probes))
         record = {
@@ -122,6 +123,12 @@ def merge(wanted: Merge) -> dict[str, Any]:
             raise IntegrityFailure("the merged model computes no numbers; the adapter or the base is broken")
         write_json(scratch / RECORD, record)
     return record
+
+
+def _empty(model: nn.Module) -> None:
+    """Frees a model's weights at once; modules refer to each other in circles and would stay until collected."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def _tokenizer(wanted: Merge) -> Any:

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from job import assess, checkpoint, evaluate, kernels, parts, prepared, sharded
 from job.activations import Setting
-from job.adapter import Tokens, add_adapter, foreseen, save_adapter
+from job.adapter import add_adapter, foreseen, save_adapter
 from job.checkpoint import State
 from job.child import setup_child
 from job.course import Course
@@ -33,6 +33,7 @@ from job.fits import expected
 from job.inputs import read_inputs
 from job.loop import Loop, Progress, make_optimizer
 from job.model import load_base, save_quantization
+from job.new_tokens import Tokens
 from job.order import Order, costliest
 from job.outcome import record
 from job.spec import digest, read
@@ -76,7 +77,7 @@ def run(workdir: WorkDir) -> ExitCode:
     with worker.phase("evaluate"):
         assess.compare(worker, loop, base_biases)
     if worker.is_first:
-        _write_performance(worker, loop, choice)
+        _write_performance(worker, loop, choice, foreseen)
     return ExitCode.OK
 
 
@@ -228,7 +229,7 @@ def _seal(worker: Worker, model: PeftModel) -> None:
     worker.barrier()
 
 
-def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> None:
+def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], foreseen: Estimate | None) -> None:
     placement = worker.placement
     here = loop.progress.tokens - worker.resumed_tokens
     write_json(
@@ -239,7 +240,7 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> No
             "tokens": loop.progress.tokens,
             "tokens_per_second": round(here / worker.seconds["train"], 1) if here else None,
             "peak_memory_bytes": {"load": worker.peaks["load"], "train": worker.peaks["train"]},
-            "expected_memory_bytes": _expected(worker, loop),
+            "expected_memory_bytes": None if foreseen is None else foreseen.record(),
             "device": placement.device.type,
             "ranks": placement.world,
             "parallelism": "shard" if sharded.is_shared(loop.model.get_base_model()) else "replicate",
@@ -253,13 +254,13 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str]) -> No
     )
 
 
-def _expected(worker: Worker, loop: Loop) -> dict[str, Any] | None:
-    """What the training should have held at its peak, to be compared with what it did; None if nobody knows."""
-    place, lengths = worker.placement, loop.rows.lengths
-    group = costliest(lengths, loop.budget, loop.kernel.padded)
+def _expected(worker: Worker, model: Path) -> Estimate | None:
+    """What the training should hold at its peak; None for a family whose sizes nobody knows."""
+    place, lengths, training = worker.placement, worker.data.train.lengths, worker.spec.training
+    group = costliest(lengths, training.micro_batch_size * training.max_length, padded=False)
     tokens, longest = int(lengths[group].sum()), int(lengths[group].max())
     here = Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
-    return expected(loop.model.get_base_model().config, worker.spec, here)
+    return expected(model, worker.spec, here)
 
 
 def _base_dropout(model: PeftModel) -> float:

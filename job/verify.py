@@ -17,7 +17,6 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from job.adapter import Tokens, make_room
 from job.child import setup_child
 from job.device import Placement, place
 from job.errors import IntegrityFailure
@@ -28,6 +27,7 @@ from job.inputs import read_inputs
 from job.layout import ADAPTER_BIN, ADAPTER_CONFIG, ADAPTER_SAFETENSORS
 from job.memory import available_bytes
 from job.model import load_base
+from job.new_tokens import Tokens, make_room
 from job.outcome import record
 from job.prepared import INFO
 from job.sharded import verifying_place

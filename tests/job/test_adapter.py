@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from job.adapter import FIRST, Tokens, add_adapter, load_adapter, make_room, save_adapter, trained
+from job.adapter import FIRST, add_adapter, load_adapter, save_adapter, trained
 from job.errors import IntegrityFailure, SpecInvalid
 from job.evaluate import as_base, trained_biases
 from job.files import read_json
 from job.loop import make_optimizer
 from job.model import load_base
+from job.new_tokens import Tokens, make_room
 from job.spec import JobSpec
 from tests.job.made import CPU, made_spec
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from job import merge
-from job.adapter import Tokens, add_adapter, save_adapter, trained
+from job.adapter import add_adapter, save_adapter, trained
 from job.errors import Conflict, InputMissing, IntegrityFailure, JobError, SpecInvalid
 from job.files import read_json, write_json
 from job.model import load_base, save_quantization
+from job.new_tokens import Tokens
 from job.parts import quantizable
 from tests.job.made import CPU, made_spec
 

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from job import parts
-from job.adapter import Tokens, add_adapter, foreseen, trained
+from job.adapter import add_adapter, foreseen, trained
 from job.errors import SpecInvalid
 from job.model import empty, load_base
+from job.new_tokens import Tokens
 from job.parts import Part
 from tests.job.made import CPU, made_spec
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from job import serving
-from job.adapter import Tokens, add_adapter, foreseen, save_adapter
+from job.adapter import add_adapter, foreseen, save_adapter
 from job.errors import SpecInvalid
 from job.files import read_json
 from job.model import load_base
+from job.new_tokens import Tokens
 from job.spec import parse
 from tests.job.made import CPU, made_spec
 
