@@ -95,7 +95,7 @@ def adapter_inputs(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
 
 
 def _casts(spec: JobSpec, here: Setting) -> bool:
-    """PEFT turns the input of every adapter to float32 before autocast turns it back; its 4-bit layers on CUDA do not."""
+    """PEFT turns an adapter's input to float32 before autocast turns it back; its 4-bit layers on CUDA do not."""
     return here.width == 2 and (spec.quantized is None or here.device == "cpu")
 
 

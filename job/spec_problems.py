@@ -27,9 +27,8 @@ REFUSED_METHODS = {
         ("dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "ppo", "rlhf", "rloo", "reward"),
         "preference optimisation and reinforcement learning are not offered; use lora or qlora on examples to imitate",
     ),
-    **dict.fromkeys(
-        ("dora", "adalora", "ia3", "prefix", "prompt_tuning", "p_tuning"), "not offered; use lora or qlora"
-    ),
+    **dict.fromkeys(("adalora", "ia3", "prefix", "prompt_tuning", "p_tuning"), "not offered; use lora or qlora"),
+    "dora": "DoRA is a kind of LoRA; use lora and set lora.use_dora: true",
 }
 """Values of ``method`` that people try, and why they are not there."""
 
@@ -55,7 +54,6 @@ REFUSED = {
     "trust_remote_code": "code out of a model repository is never run; use a model that transformers knows by itself",
     "reward_model": REFUSED_METHODS["dpo"],
     "dpo*": REFUSED_METHODS["dpo"],
-    "use_dora": "DoRA is not offered; lora.use_rslora is the variant at hand",
     "packing": "rows are always batched without padding and never see each other; remove it",
     "gradient_accumulation_steps": "it follows from training.batch_size and training.micro_batch_size; set those",
     "output_dir": "where results go is no part of a spec; use --output or store.output in the profile",
@@ -67,6 +65,11 @@ REFUSED = {
 """Keys (or shell patterns of keys) that people try, and why they are not there."""
 
 RENAMED = {
+    "dora": "lora.use_dora",
+    "init_lora_weights": "lora.init",
+    "early_stopping_patience": "evaluation.early_stopping",
+    "load_best_model_at_end": "evaluation.publish",
+    "auto_find_batch_size": "training.on_out_of_memory",
     "num_train_epochs": "training.epochs",
     "num_epochs": "training.epochs",
     "lr": "training.learning_rate",

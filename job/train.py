@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +25,14 @@ from job.child import setup_child
 from job.course import Course
 from job.device import place
 from job.errors import InternalError
+from job.estimate import Estimate
 from job.exits import ExitCode
 from job.failures import as_torch_failure
 from job.files import sealing, write_json
 from job.fits import expected
 from job.inputs import read_inputs
 from job.loop import Loop, Progress, make_optimizer
+from job.memory import available_bytes, be_frugal
 from job.model import load_base, save_quantization
 from job.new_tokens import Tokens
 from job.order import Order, costliest
@@ -60,6 +61,7 @@ def run(workdir: WorkDir) -> ExitCode:
         if worker.is_first:
             for line in parts.lines(worker.parts):
                 log.info("%s", line)
+        needs = _expected(worker, folder)
         base = load_base(folder, spec, sharded.loading_place(spec, placement))
         model = add_adapter(base, spec, placement, tokens)
         if sharded.shards(spec, placement):
@@ -77,7 +79,7 @@ def run(workdir: WorkDir) -> ExitCode:
     with worker.phase("evaluate"):
         assess.compare(worker, loop, base_biases)
     if worker.is_first:
-        _write_performance(worker, loop, choice, foreseen)
+        _write_performance(worker, loop, choice, needs)
     return ExitCode.OK
 
 
@@ -229,7 +231,7 @@ def _seal(worker: Worker, model: PeftModel) -> None:
     worker.barrier()
 
 
-def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], foreseen: Estimate | None) -> None:
+def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], needs: Estimate | None) -> None:
     placement = worker.placement
     here = loop.progress.tokens - worker.resumed_tokens
     write_json(
@@ -240,7 +242,7 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], fores
             "tokens": loop.progress.tokens,
             "tokens_per_second": round(here / worker.seconds["train"], 1) if here else None,
             "peak_memory_bytes": {"load": worker.peaks["load"], "train": worker.peaks["train"]},
-            "expected_memory_bytes": None if foreseen is None else foreseen.record(),
+            "expected_memory_bytes": None if needs is None else needs.record(),
             "device": placement.device.type,
             "ranks": placement.world,
             "parallelism": "shard" if sharded.is_shared(loop.model.get_base_model()) else "replicate",
@@ -255,12 +257,15 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], fores
 
 
 def _expected(worker: Worker, model: Path) -> Estimate | None:
-    """What the training should hold at its peak; None for a family whose sizes nobody knows."""
+    """What the training should hold at its peak, provided for; None for a family whose sizes nobody knows."""
     place, lengths, training = worker.placement, worker.data.train.lengths, worker.spec.training
     group = costliest(lengths, training.micro_batch_size * training.max_length, padded=False)
     tokens, longest = int(lengths[group].sum()), int(lengths[group].max())
     here = Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
-    return expected(model, worker.spec, here)
+    needs = expected(model, worker.spec, here)
+    if needs is not None and place.device.type == "cpu" and be_frugal(needs.bytes, available_bytes()):
+        log.info("memory is scarce (%.1f GiB expected): freed blocks are given back at once", needs.gib)
+    return needs
 
 
 def _base_dropout(model: PeftModel) -> float:

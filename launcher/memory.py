@@ -1,4 +1,4 @@
-"""What `check` says of device memory: the estimate, and whether it fits the profile's GPU. Without torch where it can."""
+"""What `check` says of device memory: the estimate, and whether it fits the profile's GPU; without torch if it can."""
 
 import subprocess
 import sys

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -10,7 +10,7 @@ from job.adapter import add_adapter
 from job.estimate import estimate, setting_of
 from job.kernels import PaddingFree, chunked_head
 from job.loop import Loop, make_optimizer
-from job.memory import peak_bytes, reset_peak
+from job.memory import give_back_at_once, peak_bytes, reset_peak
 from job.model import load_base
 from job.order import Order
 from job.shapes import read_config, shapes_of
@@ -23,6 +23,7 @@ def main(folder: Path, method: str) -> None:
     """Two steps of two micro-batches each; prints what they held besides the process, and what was estimated."""
     torch.set_num_threads(1)
     spec = made_spec(method=method, lora={"r": 16, "dropout": 0.0}, training=TRAINING)
+    assert give_back_at_once()
     reset_peak(CPU.device)
     before = peak_bytes(CPU.device)
     model = add_adapter(load_base(folder, spec, CPU), spec, CPU)

@@ -1,6 +1,9 @@
 """The estimate of device memory is the sum of what training really holds, counted without torch."""
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from job import head
+from job import head, memory
 from job.adapter import add_adapter
 from job.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of, trained_parameters
 from job.fits import built, lines_of, memory_of, remedy, verdict
@@ -286,6 +289,31 @@ def test_a_family_that_is_not_known_is_built_without_weights(tmp_path: Path) -> 
     counted = sum(built(tmp_path).counts().values())
     assert counted == pytest.approx(sum(parameter.numel() for parameter in model.parameters()), rel=0.001)
     assert memory_of(tmp_path, made_spec())[-1].startswith("  sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_process_that_trains_the_small_model_holds_what_was_estimated(method: str) -> None:
+    """Peak resident set over that of the process before it loaded anything."""
+    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name} is absent: make {folder.relative_to(ROOT)}")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.job.rss", str(folder), method]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{method}: {found['held'] / GIB:.2f} GiB held, {found['estimated'] / GIB:.2f} estimated")
+    assert found["estimated"] == pytest.approx(found["held"], rel=WITHIN)
+    assert found["total"] == pytest.approx(found["peak"], rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("expected", "available", "frugal"), [(100, 249, True), (100, 250, False), (100, None, False)]
+)
+def test_a_process_gives_back_at_once_only_where_memory_is_scarce(
+    expected: int, available: int | None, frugal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "give_back_at_once", lambda: True)  # it would hold for the tests after this one
+    assert memory.be_frugal(expected, available) == frugal
 
 
 def test_the_rows_at_hand_take_the_place_of_the_budget() -> None:

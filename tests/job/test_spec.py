@@ -395,8 +395,8 @@ def test_a_dump_spells_out_every_key():
 
 
 def test_the_run_id_of_a_spec_never_changes():
-    assert run_id(parse(SPARSE, "run.yaml")) == "support-ja-6dd48b7b"
-    assert digest(parse(SPARSE, "run.yaml")).startswith("6dd48b7b")
+    assert run_id(parse(SPARSE, "run.yaml")) == "support-ja-b6e99298"
+    assert digest(parse(SPARSE, "run.yaml")).startswith("b6e99298")
 
 
 OF_NO_EFFECT = {
@@ -404,6 +404,9 @@ OF_NO_EFFECT = {
     "training.gradient_checkpointing": "true",
     "training.kernels": "reference",
     "training.logging_steps": 1,
+    "training.on_out_of_memory": "halve",
+    "training.parallelism": "shard",
+    "output.serve_with": "vllm",
     "training.loader_workers": 2,
     "checkpoints.every_steps": 7,
     "checkpoints.every_minutes": 7,
@@ -442,6 +445,11 @@ OF_EFFECT = {
     "lora.use_rslora": "true",
     "lora.bias": "all",
     "lora.modules_to_save": "[q]",
+    "lora.use_dora": "true",
+    "lora.init": "gaussian",
+    "lora.rank_pattern": "{q: 2}",
+    "lora.alpha_pattern": "{q: 2}",
+    "lora.new_tokens": "[x]",
     "training.epochs": 1,
     "training.max_steps": 1,
     "training.batch_size": 8,
@@ -460,6 +468,8 @@ OF_EFFECT = {
     "evaluation.every_steps": 1,
     "evaluation.max_rows": 1,
     "evaluation.generate_rows": 1,
+    "evaluation.extract": "number",
+    "evaluation.min_improvement": 0.1,
     "evaluation.max_new_tokens": 1,
 }
 
@@ -479,17 +489,28 @@ def test_what_is_trained_makes_the_run(key, value):
     assert differences(other, base)
 
 
-@pytest.mark.parametrize("key", ["type", "double_quant", "compute_dtype"])
-def test_quantization_makes_the_run(key):
-    value = {"type": "fp4", "double_quant": "false", "compute_dtype": "float16"}[key]
+OF_QUANTIZATION = {"type": "fp4", "double_quant": "false", "compute_dtype": "float16", "max_unquantized": 0.5}
+OF_EVALUATIONS_ON_THE_WAY = {"early_stopping": 2, "publish": "best"}
+
+
+@pytest.mark.parametrize(("key", "value"), OF_EVALUATIONS_ON_THE_WAY.items())
+def test_what_follows_from_evaluations_on_the_way_makes_the_run(key, value):
+    base = with_override("evaluation.every_steps=1")
+    assert digest(with_override("evaluation.every_steps=1", f"evaluation.{key}={value}")) != digest(base)
+    with pytest.raises(SpecInvalid, match="set evaluation.every_steps"):
+        with_override(f"evaluation.{key}={value}")
+
+
+@pytest.mark.parametrize(("key", "value"), OF_QUANTIZATION.items())
+def test_quantization_makes_the_run(key, value):
     assert digest(with_override("method=qlora", f"quantization.{key}={value}")) != digest(with_override("method=qlora"))
 
 
 def test_every_key_is_known_to_have_an_effect_or_none():
     trained = {".".join(path) for path in keys_below(JobSpec) if path[0] in spec_module.IDENTITY and path[1:]}
     tested = set(OF_EFFECT) | {f"training.{key}" for key in WITHOUT_EFFECT}
-    blocks = {"data.columns", *(f"quantization.{key}" for key in ("type", "double_quant", "compute_dtype"))}
-    assert trained - tested == blocks
+    blocks = {"data.columns", *(f"quantization.{key}" for key in OF_QUANTIZATION)}
+    assert trained - tested == blocks | {f"evaluation.{key}" for key in OF_EVALUATIONS_ON_THE_WAY}
 
 
 def test_the_name_begins_the_run_id_and_is_not_in_the_digest():
@@ -508,6 +529,7 @@ def test_differences_name_the_key_and_both_values():
         'quantization.type: "nf4" here, absent there',
         "quantization.double_quant: true here, absent there",
         'quantization.compute_dtype: "auto" here, absent there',
+        "quantization.max_unquantized: 0.2 here, absent there",
         "training.learning_rate: 0.0002 here, 0.0001 there",
     ]
 
