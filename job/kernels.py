@@ -7,11 +7,12 @@ or whose head is not plain falls back, and the run says so.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from job import linear
@@ -127,7 +128,8 @@ class PaddingFree(_Layout):
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
-        with attention(model, self.implementation), linear.plugged(model) if self.private else nullcontext():
+        product = linear.product if self.private else functional.linear
+        with attention(model, self.implementation), linear.plugged(model, product):
             yield
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Packed:

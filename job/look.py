@@ -14,7 +14,7 @@ from pathlib import Path
 from job.data_report import lines_of
 from job.errors import DataInvalid, JobError
 from job.exits import ExitCode
-from job.fits import memory_of
+from job.fits import lines_of as estimated
 from job.formats import example_of, recognise
 from job.hub import here
 from job.inputs import Input, Inputs
@@ -23,6 +23,7 @@ from job.prepared import TOKENIZER, load
 from job.pull import Survey, survey
 from job.row_error import RowError
 from job.rows import BadRow, BadRows, begins_with_header, read_rows
+from job.shapes import UnknownFamily
 from job.spec import JobSpec, read
 from job.store import size_text
 
@@ -59,7 +60,17 @@ def look(spec: JobSpec, samples: Path | None = None, room: int | None = None) ->
             return
         yield f"model {spec.model.name}: " + (f"{len(files)} files, {size}" if files else "in this machine's hub cache")
         yield from _prepared(spec, replace(found.inputs, model=model), folder / "prepared", samples)
-        yield from memory_of(model.path, spec, room)
+        yield from _memory(model.path, spec, room)
+
+
+def _memory(folder: Path, spec: JobSpec, room: int | None) -> Iterator[str]:
+    """What the training will hold of the device; torch comes in only for a model of an unusual family."""
+    try:
+        yield from estimated(folder, spec, room)
+    except UnknownFamily:
+        from job.built import memory_of
+
+        yield from memory_of(folder, spec, room)
 
 
 def _of_hub(name: str, revision: str | None) -> Input | None:

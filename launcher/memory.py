@@ -47,7 +47,7 @@ def _built(spec: "JobSpec", room: int | None, family: str) -> list[str]:
     if missing := missing_libraries(_NEEDED):
         return [f"device memory: not estimated: a {family} has to be built for it, which needs {', '.join(missing)}"]
     with spec_file(spec) as path:
-        command = [sys.executable, "-m", "job.fits", str(path), *(["--room", str(room)] if room else [])]
+        command = [sys.executable, "-m", "job.built", str(path), *(["--room", str(room)] if room else [])]
         done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

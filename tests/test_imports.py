@@ -27,7 +27,17 @@ STORE_SIDE = {
     "job.announce",
 }
 
-AGREEMENT = {"job.spec", "job.spec_section", "job.strict_yaml", "job.exits", "job.layout", "job.status", "job.errors"}
+AGREEMENT = {
+    "job.spec",
+    "job.spec_section",
+    "job.strict_yaml",
+    "job.exits",
+    "job.layout",
+    "job.status",
+    "job.errors",
+    "job.fits",
+    "job.shapes",
+}
 """What the launcher shares with the container."""
 READERS = {
     "launcher.results",

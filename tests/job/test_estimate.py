@@ -14,8 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from job import head, memory
 from job.adapter import add_adapter
+from job.built import built, memory_of
 from job.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of, trained_parameters
-from job.fits import built, lines_of, memory_of, remedy, verdict
+from job.fits import lines_of, remedy, verdict
 from job.kernels import PaddingFree, chunked_head
 from job.loop import Loop, make_optimizer
 from job.order import Order
@@ -306,9 +307,7 @@ def test_a_process_that_trains_the_small_model_holds_what_was_estimated(method: 
     assert found["total"] == pytest.approx(found["peak"], rel=WITHIN)
 
 
-@pytest.mark.parametrize(
-    ("expected", "available", "frugal"), [(100, 249, True), (100, 250, False), (100, None, False)]
-)
+@pytest.mark.parametrize(("expected", "available", "frugal"), [(100, 249, True), (100, 250, False), (100, None, False)])
 def test_a_process_gives_back_at_once_only_where_memory_is_scarce(
     expected: int, available: int | None, frugal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

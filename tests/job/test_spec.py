@@ -497,7 +497,7 @@ OF_EVALUATIONS_ON_THE_WAY = {"early_stopping": 2, "publish": "best"}
 def test_what_follows_from_evaluations_on_the_way_makes_the_run(key, value):
     base = with_override("evaluation.every_steps=1")
     assert digest(with_override("evaluation.every_steps=1", f"evaluation.{key}={value}")) != digest(base)
-    with pytest.raises(SpecInvalid, match="set evaluation.every_steps"):
+    with pytest.raises(SpecInvalid, match=r"set evaluation\.every_steps"):
         with_override(f"evaluation.{key}={value}")
 
 

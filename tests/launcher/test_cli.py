@@ -34,7 +34,8 @@ def test_check_says_in_one_line_which_run_it_is(spec: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert out.startswith(f"{spec}: ok; run support-")
     assert out.endswith(", lora on org/base\n")
-    assert err.startswith("device memory: not estimated: the model's config.json is not here") and err.count("\n") == 1
+    assert err.startswith("device memory: not estimated: the model's config.json is not here")
+    assert err.count("\n") == 1
 
 
 def test_check_prints_a_spec_that_checks_as_the_same_run(
