@@ -39,7 +39,7 @@ def _work_folder() -> Path:
 def _run(arguments: argparse.Namespace) -> ExitCode:
     from job.layout import fire_id
     from job.spec import read, run_id
-    from job.supervisor import JOB, supervise
+    from job.supervision.supervisor import JOB, supervise
 
     if not os.path.exists(arguments.spec):  # also where the folder may not be looked into
         raise SpecNotMounted(
@@ -85,15 +85,15 @@ def _make_folders() -> None:
 
 def _say_why(code: ExitCode, message: str) -> None:
     """The last word of an attempt that never began."""
-    from job.announce import leave_word
     from job.status import Status
+    from job.supervision.announce import leave_word
 
     leave_word(Status(run="", attempt=0, phase="preflight", exit_code=int(code), message=message), None, 0.0)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs; the code says how it ended (``job.exits``)."""
-    from job.announce import setup_logging
+    from job.supervision.announce import setup_logging
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _leave_at_once)

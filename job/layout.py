@@ -23,7 +23,7 @@ STATUS = "run/status.json"
 ATTEMPTS = "run/attempts/"
 INPUTS = "run/inputs.json"
 CHECKPOINT_STATE = "training_state.json"
-"""What a checkpoint knows besides tensors; see ``job.checkpoint.State``."""
+"""What a checkpoint knows besides tensors; see ``job.training.checkpoint.State``."""
 
 SO_FAR = "run/generation-"
 """Log and metrics of a run that is not published yet, by owner generation: an owner that lost the run without knowing
@@ -52,7 +52,7 @@ def checkpoint_prefix(step: int, generation: int = 1) -> str:
 
 
 def prepared_prefix(key: str) -> str:
-    """Prefix, ending in '/', of the prepared rows of one key (``job.prepared_cache``); their ``COMMIT`` comes last."""
+    """Prefix, ending in '/', of one key's prepared rows (``prepared_cache``); their ``COMMIT`` comes last."""
     return f"{PREPARED}{key}/"
 
 

@@ -11,21 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from job.data_report import lines_of
+from job.data.data_report import lines_of
+from job.data.formats import example_of, recognise
+from job.data.prepare import prepare_into
+from job.data.prepared import TOKENIZER, load
+from job.data.row_error import RowError
+from job.data.rows import BadRow, BadRows, begins_with_header, read_rows
 from job.errors import DataInvalid, JobError
 from job.exits import ExitCode
-from job.fits import lines_of as estimated
-from job.formats import example_of, recognise
-from job.hub import here
 from job.inputs import Input, Inputs
-from job.prepare import prepare_into
-from job.prepared import TOKENIZER, load
-from job.pull import Survey, survey
-from job.row_error import RowError
-from job.rows import BadRow, BadRows, begins_with_header, read_rows
-from job.shapes import UnknownFamily
+from job.sizing.fits import lines_of as estimated
+from job.sizing.shapes import UnknownFamily
 from job.spec import JobSpec, read
-from job.store import size_text
+from job.storage.hub import here
+from job.storage.store import size_text
+from job.supervision.pull import Survey, survey
 
 log = logging.getLogger("job")
 
@@ -68,7 +68,7 @@ def _memory(folder: Path, spec: JobSpec, room: int | None) -> Iterator[str]:
     try:
         yield from estimated(folder, spec, room)
     except UnknownFamily:
-        from job.built import memory_of
+        from job.sizing.built import memory_of
 
         yield from memory_of(folder, spec, room)
 
@@ -84,7 +84,7 @@ def _prepared(spec: JobSpec, inputs: Inputs, folder: Path, samples: Path | None)
     if samples is not None:
         from transformers import AutoTokenizer
 
-        from job.samples import write_samples
+        from job.data.samples import write_samples
 
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
         count = write_samples(samples, load(folder), tokenizer)
@@ -117,7 +117,7 @@ def _count(spec: JobSpec, source: Input, bad: BadRows) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what is there; the code says whose problem it is (``job.exits``)."""
-    from job.announce import setup_logging
+    from job.supervision.announce import setup_logging
 
     parser = argparse.ArgumentParser(prog="python -m job.look", description="Looks at a spec's inputs.")
     parser.add_argument("spec", type=Path)

@@ -43,7 +43,7 @@ class WorkDir:
     # from prepare
     @property
     def prepared(self) -> Path:
-        """Folder of tokenised rows; see ``job.prepare``."""
+        """Folder of tokenised rows; see ``job.data.prepare``."""
         return self.root / "prepared"
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from job.errors import InputMissing, IntegrityFailure
 from job.layout import CHECKPOINTS, COMMIT, MANIFEST, PREPARED
-from job.store import Store, checked, from_json, require_space, size_text, translated
+from job.storage.store import Store, checked, from_json, require_space, size_text, translated
 from launcher.codes import NoResult, Refused
 
 T = TypeVar("T")

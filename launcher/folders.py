@@ -6,7 +6,7 @@ from pathlib import Path
 
 from job import layout
 from job.errors import Conflict, InputMissing, SpecInvalid
-from job.store import local_path
+from job.storage.store import local_path
 
 HOME = Path("models/fine_tuned_models")
 _STAMP = "%Y%m%d_%H%M%S"

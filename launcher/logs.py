@@ -21,7 +21,7 @@ from launcher.poll import Clock
 from launcher.runs import Attempt, Run
 
 if TYPE_CHECKING:
-    from job.store import Store
+    from job.storage.store import Store
 
 LATEST_LINES = 200
 """Lines at the end of a log among which the latest progress is looked for."""

@@ -11,7 +11,7 @@ from launcher.runs import Run
 from launcher.submit import Say, Submitted, spec_of, submit, wait_until_gone
 
 if TYPE_CHECKING:
-    from job.store import Store
+    from job.storage.store import Store
     from launcher.profile import Profile
 
 

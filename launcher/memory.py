@@ -27,8 +27,8 @@ def room_of(spec: "JobSpec", profile: "Profile | None") -> int | None:
 
 def lines_of(spec: "JobSpec", room: int | None) -> Iterator[str]:
     """The estimate for a model that lies on this machine; one line that says why there is none for others."""
-    from job.fits import UNKNOWN, lines_of
-    from job.shapes import UnknownFamily
+    from job.sizing.fits import UNKNOWN, lines_of
+    from job.sizing.shapes import UnknownFamily
 
     folder = Path(spec.model.source)
     if "://" in spec.model.source or not folder.is_dir():
@@ -47,7 +47,7 @@ def _built(spec: "JobSpec", room: int | None, family: str) -> list[str]:
     if missing := missing_libraries(_NEEDED):
         return [f"device memory: not estimated: a {family} has to be built for it, which needs {', '.join(missing)}"]
     with spec_file(spec) as path:
-        command = [sys.executable, "-m", "job.built", str(path), *(["--room", str(room)] if room else [])]
+        command = [sys.executable, "-m", "job.sizing.built", str(path), *(["--room", str(room)] if room else [])]
         done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -25,7 +25,7 @@ def merge(adapter: str, output: str, base: str | None = None, onto: str | None =
     """
     if missing := missing_libraries(_NEEDED):
         raise NotInstalled(f"merging needs {', '.join(missing)}: pip install 'tunejob[job]'")
-    command = [sys.executable, "-m", "job.merge", _path(adapter), "--output", _path(output)]
+    command = [sys.executable, "-m", "job.training.merge", _path(adapter), "--output", _path(output)]
     for option, value in (("--base", base and _path(base)), ("--onto", onto), ("--dtype", dtype)):
         command += [option, value] if value else []
     return supervised(command, child_environment())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from job.errors import AccessDenied, InputMissing, TemporaryFailure
 from job.layout import ATTEMPTS, MANIFEST, STATUS
 from job.status import Status, parse_status
-from job.store import Store, open_store
+from job.storage.store import Store, open_store
 
 if TYPE_CHECKING:
     from launcher.profile import Profile

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from job import layout
 from job.errors import InputMissing, IntegrityFailure
-from job.store import open_store
+from job.storage.store import open_store
 from launcher.codes import NoResult, Refused, RunFailed
 
 if TYPE_CHECKING:
-    from job.store import Store
+    from job.storage.store import Store
     from launcher.runs import Run
 
 

@@ -201,7 +201,7 @@ def results_of(name: str, profile: str | None = None, say: Say = lambda line: No
     from launcher.results import load
 
     if not _is_file(name) and (any(mark in name for mark in ("/", "\\", "file:")) or Path(name).is_dir()):
-        from job.store import open_store
+        from job.storage.store import open_store
 
         return Found(load(name), open_store(name))
     door = Door(profile, say)

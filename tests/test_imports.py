@@ -12,19 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TORCH_SIDE = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy"}
 STORE_SIDE = {
-    "job.store",
-    "job.directory",
-    "job.s3",
-    "job.s3_ask",
-    "job.s3_client",
-    "job.s3_errors",
-    "job.transfer",
-    "job.own",
-    "job.ledger",
-    "job.basemodel",
-    "job.hub",
-    "job.supervisor",
-    "job.announce",
+    "job.storage.store",
+    "job.storage.directory",
+    "job.storage.s3",
+    "job.storage.s3_ask",
+    "job.storage.s3_client",
+    "job.storage.s3_errors",
+    "job.storage.transfer",
+    "job.supervision.own",
+    "job.supervision.ledger",
+    "job.storage.basemodel",
+    "job.storage.hub",
+    "job.supervision.supervisor",
+    "job.supervision.announce",
 }
 
 AGREEMENT = {
@@ -35,8 +35,8 @@ AGREEMENT = {
     "job.layout",
     "job.status",
     "job.errors",
-    "job.fits",
-    "job.shapes",
+    "job.sizing.fits",
+    "job.sizing.shapes",
 }
 """What the launcher shares with the container."""
 READERS = {
@@ -50,14 +50,27 @@ READERS = {
 }
 """Modules of the launcher that look at what runs left behind, and so may open a store."""
 
-SUPERVISOR = {"job.__main__", "job.supervisor", "job.launch", "job.announce"} | STORE_SIDE
-WORKER = {"job.train", "job.prepare", "job.prepared", "job.evaluate", "job.verify", "job.model", "job.loop"}
+SUPERVISOR = {
+    "job.__main__",
+    "job.supervision.supervisor",
+    "job.supervision.launch",
+    "job.supervision.announce",
+} | STORE_SIDE
+WORKER = {
+    "job.training.train",
+    "job.data.prepare",
+    "job.data.prepared",
+    "job.evaluation.evaluate",
+    "job.evaluation.verify",
+    "job.training.model",
+    "job.training.loop",
+}
 
 ONLY = {
     "boto3": set[str](),
     "kubernetes": {"launcher.cluster"},
-    "botocore": {"job.s3", "job.s3_client", "job.s3_errors"},
-    "s3transfer": {"job.s3", "job.s3_client", "job.s3_errors"},
+    "botocore": {"job.storage.s3", "job.storage.s3_client", "job.storage.s3_errors"},
+    "s3transfer": {"job.storage.s3", "job.storage.s3_client", "job.storage.s3_errors"},
     "yaml": {"job.strict_yaml"},
     "pytest": set[str](),
 }
@@ -94,7 +107,7 @@ def modules() -> Modules:
     files = [*ROOT.glob("job/**/*.py"), *ROOT.glob("launcher/**/*.py"), ROOT / "tunejob.py", ROOT / "main.py"]
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): imports(
-            path.read_text(encoding="utf-8"), path.parent.name
+            path.read_text(encoding="utf-8"), ".".join(path.parent.relative_to(ROOT).parts)
         )
         for path in files
     }
@@ -129,7 +142,7 @@ def storing(start: str, known: Modules) -> set[str]:
 
 def beyond_the_agreement(start: str, known: Modules) -> set[str]:
     """Modules of ``job`` that a launcher's module imports but may not."""
-    allowed = AGREEMENT | ({"job.store"} if start in READERS else set())
+    allowed = AGREEMENT | ({"job.storage.store"} if start in READERS else set())
     ours = {name for name in known[start] if name in known and package(name) == "job"}
     return ours - allowed - {"job"}
 
@@ -168,6 +181,29 @@ def test_the_container_never_imports_the_launcher(name: str) -> None:
     assert not {package(other) for other in KNOWN[name]} & {"launcher", "tunejob", "main"}
 
 
+ROOMS = {
+    "storage": set[str](),
+    "supervision": {"storage"},
+    "data": {"storage", "training"},
+    "sizing": {"training"},
+    "training": {"data", "sizing", "evaluation"},
+    "evaluation": {"data", "training"},
+}
+"""Package of ``job`` -> the others that it may import; all may import what lies beside them."""
+
+
+def room(name: str) -> str:
+    """The package of ``job`` that a module lies in; empty for what lies beside them."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 2 and parts[0] == "job" and parts[1] in ROOMS else ""
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(KNOWN) if room(name)])
+def test_the_rooms_of_the_container_open_to_where_they_should(name: str) -> None:
+    others = {room(other) for other in KNOWN[name] if other in KNOWN} - {"", room(name)}
+    assert others <= ROOMS[room(name)]
+
+
 @pytest.mark.parametrize("name", ONLY)
 def test_each_outside_thing_has_one_door(name: str) -> None:
     users = {module for module, names in KNOWN.items() if name in {package(other) for other in names}}
@@ -181,7 +217,7 @@ def test_each_outside_thing_has_one_door(name: str) -> None:
         ("import job.middle as m", heavy, {"torch"}),
         ("def f() -> None:\n    from job.middle import x", heavy, {"torch"}),
         ("if TYPE_CHECKING:\n    import job.middle", heavy, set()),
-        ("from . import store", storing, {"job.store"}),
+        ("from .storage import store", storing, {"job.storage.store"}),
         ("from job.middle import y", beyond_the_agreement, {"job.middle"}),
         ("from job.spec import JobSpec", beyond_the_agreement, set()),
     ],
@@ -189,7 +225,7 @@ def test_each_outside_thing_has_one_door(name: str) -> None:
 def test_a_wrong_import_would_be_caught(
     source: str, rule: Callable[[str, Modules], set[str]], caught: set[str]
 ) -> None:
-    known = {"job.middle": {"torch", "torch.nn"}, "job.store": set[str](), "job.spec": set[str]()}
+    known = {"job.middle": {"torch", "torch.nn"}, "job.storage.store": set[str](), "job.spec": set[str]()}
     known["start"] = imports(source, "job")
     assert rule("start", known) == caught
 
@@ -208,7 +244,7 @@ PURE = {"launcher.render", "launcher.profile", "launcher.pod", "launcher.bundle"
 
 @pytest.mark.parametrize("name", sorted(PURE & KNOWN.keys()))
 def test_rendering_never_reaches_the_cluster_or_a_store(name: str) -> None:
-    assert not reach(name, KNOWN) & {"launcher.cluster", "kubernetes", "boto3", "job.store"}
+    assert not reach(name, KNOWN) & {"launcher.cluster", "kubernetes", "boto3", "job.storage.store"}
 
 
 def test_check_and_render_load_neither_client_nor_torch_nor_boto3() -> None:

@@ -29,8 +29,8 @@ LIMIT_GIB = 2.0
 _ITERATE = """
 import sys, time
 from pathlib import Path
-from job.order import Order
-from job.prepared import load
+from job.training.order import Order
+from job.data.prepared import load
 from job.spec import read
 from job.workdir import WorkDir
 work = WorkDir(Path(sys.argv[1]))
@@ -120,7 +120,7 @@ def main() -> None:
         work = made(Path(folder), options.rows, options.ending)
         most = 0.0
         for words, command in (
-            ("prepare", ["-m", "job.prepare", str(work.root)]),
+            ("prepare", ["-m", "job.data.prepare", str(work.root)]),
             ("read in order", ["-c", _ITERATE, str(work.root)]),
         ):
             seconds, peak, anonymous = measured([sys.executable, *command])

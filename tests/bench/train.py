@@ -128,7 +128,7 @@ def peaks() -> dict[str, float]:
     """GFLOP a CPU-second of a large matrix product, by what computes it: MKL, and oneDNN where it may be used."""
     import torch
 
-    from job import linear
+    from job.training import linear
 
     torch.set_num_threads(1)
     x, weight = torch.randn(1024, 1536), torch.randn(1536, 1536)

@@ -88,8 +88,8 @@ def spec_of(task: Task, dropout: float = 0.0) -> Any:
 
 def adapted(task: Task) -> Any:
     """The small model with the adapter every arm begins with."""
-    from job.adapter import add_adapter
-    from job.model import load_base
+    from job.training.adapter import add_adapter
+    from job.training.model import load_base
     from tests.job.made import CPU
 
     spec = spec_of(task)
@@ -117,8 +117,8 @@ def _rows(tokens: list[list[int]], labels: list[list[int]]) -> Any:
 
 def _kernel(core: Any, rows: Any, private: bool) -> Any:
     """The kernel that `training.kernels: auto` chooses, with or without private operators."""
-    from job import kernels
-    from job.head import chunked_head
+    from job.training import kernels
+    from job.training.head import chunked_head
     from tests.job.made import CPU
 
     def public(core: Any, device: torch.device, padding: int) -> Any:
@@ -131,7 +131,7 @@ def _kernel(core: Any, rows: Any, private: bool) -> Any:
 
 def ours(task: Task, clock: Clock, private: bool) -> Measured:
     """Our loop."""
-    from job.loop import Loop, make_optimizer
+    from job.training.loop import Loop, make_optimizer
     from tests.job.made import CPU
 
     model, spec = adapted(task), spec_of(task)
@@ -230,7 +230,7 @@ def trl(task: Task, clock: Clock, **settings: Any) -> Measured:
 
 def _packed(task: Task) -> dict[str, Any]:
     """What TRL's packing would make of each step by itself: rows put together up to its default length."""
-    from job.order import micro_batches
+    from job.training.order import micro_batches
 
     bins = micro_batches([len(row) for row in task.tokens], 1024, padded=False)
     warm_up = [list(range(number, task.batch, len(bins))) for number in range(len(bins))]
@@ -249,7 +249,7 @@ def _timed(clock: Clock) -> Iterator[None]:
 
 def eval_ours(task: Task, clock: Clock, private: bool) -> Measured:
     """Our evaluation pass."""
-    from job.evaluate import measure
+    from job.evaluation.evaluate import measure
     from tests.job.made import CPU
 
     core = adapted(task).get_base_model()

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from job import chat
-from job.encode import Encoded, Encoder
-from job.formats import Conversation
+from job.data import chat
+from job.data.encode import Encoded, Encoder
+from job.data.formats import Conversation
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

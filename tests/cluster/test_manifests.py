@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from job import container, own, supervisor
 from job.__main__ import OUTPUT
 from job.exits import CONTAINER, pod_failure_policy
+from job.supervision import container, own, supervisor
 from tests.cluster.kubectl import MANIFESTS
 
 KNOWN = {OUTPUT, supervisor.JOB, supervisor.POD, container.SCRATCH_LIMIT, own.HEARTBEAT_VARIABLE}

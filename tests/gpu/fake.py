@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from job.adapter import add_adapter
-from job.device import Placement
-from job.kernels import PaddingFree, chunked_head
-from job.loop import Loop, make_optimizer
-from job.order import Order
-from job.sharded import shard, shards
 from job.spec import JobSpec
+from job.training.adapter import add_adapter
+from job.training.device import Placement
+from job.training.kernels import PaddingFree, chunked_head
+from job.training.loop import Loop, make_optimizer
+from job.training.order import Order
+from job.training.sharded import shard, shards
 from tests.job.made import made_rows, made_spec
 
 LLAMA_8B = {

@@ -10,7 +10,7 @@ WORK = """
 from pathlib import Path
 import sys
 import torch
-from job.failures import as_torch_failure
+from job.training.failures import as_torch_failure
 from job.outcome import record
 
 def body():

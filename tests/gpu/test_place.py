@@ -6,8 +6,8 @@ from tests.gpu.conftest import in_process
 
 PLACE = """
 import torch
-from job.attention import _has_varlen
-from job.device import place
+from job.training.attention import _has_varlen
+from job.training.device import place
 from job.errors import JobError
 from tests.job.made import made_spec
 try:

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from job.estimate import estimate
-from job.shapes import shapes_of
+from job.sizing.estimate import estimate
+from job.sizing.shapes import shapes_of
 from tests.gpu.fake import LLAMA_8B, gpu_spec, inside, loop_on_gpu, step
 from tests.job.live import Live
 from tests.job.test_estimate import tensors_of

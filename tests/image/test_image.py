@@ -203,7 +203,7 @@ def test_it_carries_our_code_and_no_more_of_the_checkout(packages: Path) -> None
 def test_it_works_with_a_read_only_root_as_any_user(user: str, root: Path, config: dict[str, Any]) -> None:
     code = (
         "import torch, transformers, peft, accelerate, bitsandbytes, datasets, boto3, psutil\n"
-        "import job.train, job.prepare, job.verify, job.supervisor\n"
+        "import job.training.train, job.data.prepare, job.evaluation.verify, job.supervision.supervisor\n"
         "bitsandbytes.functional.quantize_4bit(torch.randn(64, 64))\n"
         "try:\n    open('/opt/tunejob/x', 'w')\nexcept OSError as error:\n    print(error.errno)\n"
         "import importlib.util; print(importlib.util.find_spec('pip'), importlib.util.find_spec('ensurepip'))"
@@ -218,7 +218,9 @@ def test_it_works_with_a_read_only_root_as_any_user(user: str, root: Path, confi
 def test_its_modules_come_compiled_because_nobody_can_keep_what_a_pod_compiles(
     root: Path, config: dict[str, Any]
 ) -> None:
-    done = run(root, config, "python", "-v", "-c", "import job.supervisor, job.train, transformers, torch")
+    done = run(
+        root, config, "python", "-v", "-c", "import job.supervision.supervisor, job.training.train, transformers, torch"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("# code object from ")]
     assert len(lines) > 1000

@@ -9,11 +9,11 @@ import pyarrow as pa
 import torch
 from peft import PeftModel
 
-from job.adapter import add_adapter
-from job.device import Placement
-from job.model import load_base
-from job.prepared import Rows
+from job.data.prepared import Rows
 from job.spec import JobSpec
+from job.training.adapter import add_adapter
+from job.training.device import Placement
+from job.training.model import load_base
 
 CPU = Placement(torch.device("cpu"), torch.float32, rank=0, world=1)
 

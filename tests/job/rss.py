@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from job.adapter import add_adapter
-from job.estimate import estimate, setting_of
-from job.kernels import PaddingFree, chunked_head
-from job.loop import Loop, make_optimizer
-from job.memory import give_back_at_once, peak_bytes, reset_peak
-from job.model import load_base
-from job.order import Order
-from job.shapes import read_config, shapes_of
+from job.sizing.estimate import estimate, setting_of
+from job.sizing.shapes import read_config, shapes_of
+from job.training.adapter import add_adapter
+from job.training.kernels import PaddingFree, chunked_head
+from job.training.loop import Loop, make_optimizer
+from job.training.memory import give_back_at_once, peak_bytes, reset_peak
+from job.training.model import load_base
+from job.training.order import Order
 from tests.job.made import CPU, made_rows, made_spec
 
 TRAINING = {"batch_size": 4, "micro_batch_size": 2, "max_length": 512, "max_steps": 2}

@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from job import checkpoint, sharded
-from job import train as worker_process
-from job.adapter import add_adapter, trained
-from job.checkpoint import State
-from job.head import chunked_head
-from job.kernels import PaddingFree, Reference
-from job.loop import Loop, Progress, make_optimizer
-from job.model import load_base
-from job.order import Order
 from job.spec import JobSpec
+from job.training import checkpoint, sharded
+from job.training import train as worker_process
+from job.training.adapter import add_adapter, trained
+from job.training.checkpoint import State
+from job.training.head import chunked_head
+from job.training.kernels import PaddingFree, Reference
+from job.training.loop import Loop, Progress, make_optimizer
+from job.training.model import load_base
+from job.training.order import Order
+from job.training.worker import Worker
 from job.workdir import WorkDir
-from job.worker import Worker
 from tests.job.made import CPU, made_rows, made_spec
 
 LENGTHS = [17, 5, 33, 9, 21, 12, 40, 7, 15, 28]
@@ -119,7 +119,7 @@ def mean_of_means(rank: int, world: int, base: str, sections: dict[str, Any], gr
 
 
 def whole_worker(rank: int, world: int, workdir: str, stop_at: int | None = None) -> int:
-    """``job.train`` itself on a prepared work directory; rank 0 alone hears of a request to leave after ``stop_at``.
+    """``job.training.train`` itself on a prepared work directory; rank 0 alone is asked to leave, after ``stop_at``.
 
     Returns:
         How the rank ended (``job.exits``).
@@ -137,7 +137,7 @@ def whole_worker(rank: int, world: int, workdir: str, stop_at: int | None = None
 def started_by_mistake(rank: int, world: int, workdir: str, expected: int) -> int:
     """The worker's own ``main`` on ``world`` ranks where ``expected`` were asked for."""
     os.environ["TUNEJOB_RANKS"] = str(expected)
-    sys.argv = ["job.train", workdir]
+    sys.argv = ["job.training.train", workdir]
     return worker_process.main()
 
 

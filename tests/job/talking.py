@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from job import chat
-from job.encode import Encoded, Encoder
-from job.formats import Conversation, Example
+from job.data import chat
+from job.data.encode import Encoded, Encoder
+from job.data.formats import Conversation, Example
 from tests.job.tiny import IM_END, IM_START
 
 BOS, EOT, HEAD, HEAD_END = "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"

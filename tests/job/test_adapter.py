@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from job.adapter import FIRST, add_adapter, load_adapter, save_adapter, trained
 from job.errors import IntegrityFailure, SpecInvalid
-from job.evaluate import as_base, trained_biases
+from job.evaluation.evaluate import as_base, trained_biases
 from job.files import read_json
-from job.loop import make_optimizer
-from job.model import load_base
-from job.new_tokens import Tokens, make_room
 from job.spec import JobSpec
+from job.training.adapter import FIRST, add_adapter, load_adapter, save_adapter, trained
+from job.training.loop import make_optimizer
+from job.training.model import load_base
+from job.training.new_tokens import Tokens, make_room
 from tests.job.made import CPU, made_spec
 
 IDS = torch.arange(10, 40).view(2, 15)

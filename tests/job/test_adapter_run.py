@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from job import verify
+from job.evaluation import verify
 from job.exits import ExitCode
 from job.files import read_json
 from job.workdir import WorkDir

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from job.announce import TERMINATION_BYTES, leave_word
 from job.exits import ExitCode
 from job.status import Status
+from job.supervision.announce import TERMINATION_BYTES, leave_word
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_where_there_is_no_such_file_none_is_made(log: Path) -> None:
 
 TALK = """
     import logging, sys, time
-    from job import announce
+    from job.supervision import announce
     from job.status import Status
     announce.setup_logging()
     speaker = announce.Announcer(lambda: Status("toy", 2, "worker", committed=4))

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from job import checkpoint, courier, train, transfer
-from job.course import Course
 from job.errors import DataInvalid, IntegrityFailure, SpecInvalid
 from job.exits import ExitCode
 from job.files import entries_of, read_json
-from job.store import open_store
+from job.storage import transfer
+from job.storage.store import open_store
+from job.supervision import courier
+from job.training import checkpoint, train
+from job.training.course import Course
 from job.workdir import WorkDir
 from tests.job import tiny
 from tests.job.running import Run, kill, make_run, wait_for

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from job.basemodel import SAFE_GLOBALS, check_pickled_weights, files_of, inspect, wanted
 from job.errors import InputMissing, IntegrityFailure, JobError, SpecInvalid
+from job.storage.basemodel import SAFE_GLOBALS, check_pickled_weights, files_of, inspect, wanted
 
 
 @pytest.fixture

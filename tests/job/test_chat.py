@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job import chat
-from job.encode import Encoded, Encoder
+from job.data import chat
+from job.data.encode import Encoded, Encoder
+from job.data.formats import PlainText, example_of, recognise
+from job.data.row_error import RowError
+from job.data.templates import TEMPLATES
 from job.errors import SpecInvalid
-from job.formats import PlainText, example_of, recognise
-from job.row_error import RowError
-from job.templates import TEMPLATES
 from tests.job.talking import (
     BOS,
     EOS,

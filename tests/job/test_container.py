@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from job.container import Memory, Scratch, memory, oom_kills, parse_quantity, require_gpu_files
 from job.errors import DeviceFailure, DiskFailure
+from job.supervision.container import Memory, Scratch, memory, oom_kills, parse_quantity, require_gpu_files
 
 
 def cgroup(folder: Path, files: dict[str, str]) -> Path:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from job import courier, layout, transfer
-from job.courier import Courier
-from job.directory import DirectoryStore
+from job import layout
 from job.errors import AccessDenied, Fenced, IntegrityFailure, Interrupted, JobError, TemporaryFailure
-from job.own import Ownership, claim
+from job.storage import transfer
+from job.storage.directory import DirectoryStore
+from job.supervision import courier
+from job.supervision.courier import Courier
+from job.supervision.own import Ownership, claim
 from job.workdir import WorkDir
 
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job import chat
-from job.batch import pack, pad
-from job.encode import Encoder
-from job.formats import PlainText
-from job.order import micro_batches
+from job.data import chat
+from job.data.encode import Encoder
+from job.data.formats import PlainText
+from job.training.batch import pack, pad
+from job.training.order import micro_batches
 from tests.job.made import made_rows, rows_of
 from tests.job.tiny import END_OF_TEXT
 

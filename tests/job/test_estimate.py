@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from job import head, memory
-from job.adapter import add_adapter
-from job.built import built, memory_of
-from job.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of, trained_parameters
-from job.fits import lines_of, remedy, verdict
-from job.kernels import PaddingFree, chunked_head
-from job.loop import Loop, make_optimizer
-from job.order import Order
-from job.shapes import _FAMILIES, UnknownFamily, shapes_of
+from job.sizing.built import built, memory_of
+from job.sizing.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of, trained_parameters
+from job.sizing.fits import lines_of, remedy, verdict
+from job.sizing.shapes import _FAMILIES, UnknownFamily, shapes_of
 from job.spec import JobSpec, read
+from job.training import head, memory
+from job.training.adapter import add_adapter
+from job.training.kernels import PaddingFree, chunked_head
+from job.training.loop import Loop, make_optimizer
+from job.training.order import Order
 from launcher.memory import room_of
 from launcher.profile import read as read_profile
 from tests.job.live import Live

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from job import generate
-from job.adapter import trained
-from job.evaluate import StopAsked, as_base, by_length, dealt, measure, trained_biases
-from job.kernels import PaddingFree, Reference
-from job.loop import Loop, make_optimizer
-from job.order import Order
+from job.evaluation import generate
+from job.evaluation.evaluate import StopAsked, as_base, by_length, dealt, measure, trained_biases
+from job.training.adapter import trained
+from job.training.kernels import PaddingFree, Reference
+from job.training.loop import Loop, make_optimizer
+from job.training.order import Order
 from tests.job import ranks
 from tests.job.made import CPU, made_model, made_rows, made_spec, rows_of
 from tests.job.worked import measured

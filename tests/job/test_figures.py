@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from job.figures import BLOCKS, OF_ANSWERS, OF_TOKENS, chrf, differences, figures
-from job.metrics import COLUMNS
+from job.evaluation.figures import BLOCKS, OF_ANSWERS, OF_TOKENS, chrf, differences, figures
+from job.evaluation.metrics import COLUMNS
 
 
 def of_tokens(rows: int, seed: int = 0, shift: float = 0.0, spread: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from job.data.formats import Conversation, PlainText, example_of, is_set_aside, key_of, recognise
+from job.data.row_error import RowError
 from job.errors import DataInvalid, SpecInvalid
-from job.formats import Conversation, PlainText, example_of, is_set_aside, key_of, recognise
-from job.row_error import RowError
 from tests.job.tiny import numbered_rows
 
 U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))

@@ -9,11 +9,11 @@ import torch.nn.functional as functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from job import head as head_module
-from job import kernels
-from job.attention import UnsupportedModel
-from job.head import ChunkedHead, chunked_head
-from job.kernels import PaddingFree, Reference
+from job.training import head as head_module
+from job.training import kernels
+from job.training.attention import UnsupportedModel
+from job.training.head import ChunkedHead, chunked_head
+from job.training.kernels import PaddingFree, Reference
 from tests.job.made import made_rows
 
 VOCABULARY = 300

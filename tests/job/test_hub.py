@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from job.hub import commit_of, looks_like_hub_id
+from job.storage.hub import commit_of, looks_like_hub_id
 
 REPOSITORY = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -123,7 +123,7 @@ PULL = """
 import json, sys
 from pathlib import Path
 from job.errors import JobError
-from job.hub import pull
+from job.storage.hub import pull
 name, revision, to, patience = sys.argv[1:]
 try:
     folder, commit = pull(name, revision or None, Path(to), patience_seconds=float(patience))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from job import kernels
-from job.head import chunked_head, cross_entropy_sum
-from job.kernels import PaddingFree, Reference
-from job.prepared import Rows
+from job.data.prepared import Rows
+from job.training import kernels
+from job.training.head import chunked_head, cross_entropy_sum
+from job.training.kernels import PaddingFree, Reference
 from tests.job.made import CPU, made_model, made_rows, made_spec
 from tests.job.test_loop import loop_of, losses_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.launch import Child, _environment
+from job.supervision.launch import Child, _environment
 
 
 def lines_of(code: str, environment: dict[str, str]) -> tuple[int | None, list[str]]:
@@ -85,7 +85,7 @@ def test_a_child_leaves_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     supervisor = """
         import os, sys, time
         from pathlib import Path
-        from job.launch import Child, _environment
+        from job.supervision.launch import Child, _environment
         code = "from job.child import setup_child; import os, time; setup_child(); "
         code += "print(os.getpid(), flush=True); time.sleep(600)"
         Child([sys.executable, "-c", code], _environment(Path(sys.argv[1])), lambda line: print(line, flush=True))

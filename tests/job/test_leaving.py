@@ -12,7 +12,7 @@ import pytest
 STUCK = """
     import sys, threading, time
     from pathlib import Path
-    from job.leaving import Leaving
+    from job.supervision.leaving import Leaving
     hurried = []
     leaving = Leaving(2.0, lambda until: hurried.append(until - time.monotonic()), lambda: told())
     def told():

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from job.directory import DirectoryStore
 from job.errors import NoProgress
 from job.layout import STATUS, attempt_key
-from job.ledger import attempts, complete, record_attempt, require_progress, seconds_spent
 from job.status import Status
+from job.storage.directory import DirectoryStore
+from job.supervision.ledger import attempts, complete, record_attempt, require_progress, seconds_spent
 
 
 @pytest.fixture

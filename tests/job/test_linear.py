@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from job import linear
+from job.training import linear
 
 CPU, EXACT = torch.device("cpu"), 1e-5
 TOKENS = torch.arange(5, 101).view(2, 48)

@@ -1,4 +1,4 @@
-"""``python -m job.look``: what model and data are, and what training would make of them, before anything trains."""
+"""``python -m job.look``: what model and data are, and what training would make of them."""
 
 from pathlib import Path
 from typing import Any

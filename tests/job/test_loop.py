@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from job import checkpoint
-from job.adapter import trained
-from job.checkpoint import State
 from job.errors import Conflict, Diverged
-from job.head import cross_entropy_sum
-from job.kernels import Kernel, PaddingFree, Reference
-from job.loop import Loop, Progress, learning_rates, make_optimizer
-from job.order import Order
 from job.spec import JobSpec, Training
+from job.training import checkpoint
+from job.training.adapter import trained
+from job.training.checkpoint import State
+from job.training.head import cross_entropy_sum
+from job.training.kernels import Kernel, PaddingFree, Reference
+from job.training.loop import Loop, Progress, learning_rates, make_optimizer
+from job.training.order import Order
 from tests.job.made import CPU, made_model, made_rows, made_spec
 
 LENGTHS = [17, 5, 33, 9, 21, 12, 40, 7, 15, 28]
@@ -126,8 +126,8 @@ def test_t18_every_lora_b_moves_and_the_base_does_not(folder: Path) -> None:
 
 
 def test_t19_a_fresh_adapter_changes_nothing_and_switched_off_it_leaves_the_base(folder: Path) -> None:
-    from job.evaluate import as_base
-    from job.model import load_base
+    from job.evaluation.evaluate import as_base
+    from job.training.model import load_base
 
     spec = made_spec(training={"batch_size": 4, "max_steps": 2})
     tokens = torch.randint(5, 300, (1, 12))

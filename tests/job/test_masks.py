@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job import chat
-from job.formats import Conversation, example_of, recognise
-from job.row_error import RowError
-from job.templates import PATCHED
+from job.data import chat
+from job.data.formats import Conversation, example_of, recognise
+from job.data.row_error import RowError
+from job.data.templates import PATCHED
 from tests.job.talking import EOT, SPECIAL, TURN_END, conversation, encode, fast, named, published, runs
 from tests.job.tiny import CHATML, IM_END, tokenizer_of
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from job import merge
-from job.adapter import add_adapter, save_adapter, trained
 from job.errors import Conflict, InputMissing, IntegrityFailure, JobError, SpecInvalid
 from job.files import read_json, write_json
-from job.model import load_base, save_quantization
-from job.new_tokens import Tokens
-from job.parts import quantizable
+from job.sizing.parts import quantizable
+from job.training import merge
+from job.training.adapter import add_adapter, save_adapter, trained
+from job.training.model import load_base, save_quantization
+from job.training.new_tokens import Tokens
 from tests.job.made import CPU, made_spec
 
 TOKENS = ("<tool>", "<end_tool>")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.figures import OF_ANSWERS, figures
-from job.metrics import COLUMNS, extracted, rouge_l, statistics, tokens
+from job.evaluation.figures import OF_ANSWERS, figures
+from job.evaluation.metrics import COLUMNS, extracted, rouge_l, statistics, tokens
 
 NUMBERS: dict[str, str | None] = {
     "#### 72": "72",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from job.errors import DataInvalid
-from job.order import Order, micro_batches, share
 from job.spec import Training
+from job.training.order import Order, micro_batches, share
 
 
 def order_of(rows: int, **training: object) -> Order:

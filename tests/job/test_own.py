@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from job.directory import DirectoryStore
 from job.errors import Conflict, Fenced, IntegrityFailure, TemporaryFailure
 from job.layout import OWNER
-from job.own import HEARTBEAT_VARIABLE, Owner, Ownership, claim, heartbeat_seconds, read_owner
 from job.process import Identity, Life, life_of, this_process
-from job.store import PreconditionFailed, to_json
+from job.storage.directory import DirectoryStore
+from job.storage.store import PreconditionFailed, to_json
+from job.supervision.own import HEARTBEAT_VARIABLE, Owner, Ownership, claim, heartbeat_seconds, read_owner
 
 REPOSITORY = Path(__file__).parents[2]
 ELSEWHERE = Identity(pid=1, host="other-pod", boot_id="another-boot", pid_namespace="pid:[1]", start_ticks=7)
@@ -111,7 +111,8 @@ def test_a_released_run_is_taken_over_at_once(store: DirectoryStore) -> None:
 
 
 def test_a_dead_owner_of_this_machine_is_taken_over_at_once(store: DirectoryStore) -> None:
-    code = "import sys; from pathlib import Path; from job.own import claim; from job.directory import DirectoryStore\n"
+    code = "import sys; from pathlib import Path; from job.supervision.own import claim\n"
+    code += "from job.storage.directory import DirectoryStore\n"
     code += "claim(DirectoryStore(Path(sys.argv[1])), 'spec-1'); print('mine', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(store.root)], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -261,8 +262,8 @@ def test_of_eight_processes_one_owns_the_run(store: DirectoryStore) -> None:
 import sys
 from pathlib import Path
 from job.errors import Fenced
-from job.own import claim
-from job.directory import DirectoryStore
+from job.supervision.own import claim
+from job.storage.directory import DirectoryStore
 sys.stdin.readline()
 try:
     print(claim(DirectoryStore(Path(sys.argv[1])), "spec-1").generation, flush=True)

@@ -15,12 +15,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from job import parts
-from job.adapter import add_adapter, foreseen, trained
 from job.errors import SpecInvalid
-from job.model import empty, load_base
-from job.new_tokens import Tokens
-from job.parts import Part
+from job.sizing import parts
+from job.sizing.parts import Part
+from job.training.adapter import add_adapter, foreseen, trained
+from job.training.model import empty, load_base
+from job.training.new_tokens import Tokens
 from tests.job.made import CPU, made_spec
 
 SMALL = {

@@ -133,7 +133,7 @@ def test_a_worker_that_hangs_is_ended_with_its_stacks(folder: Path) -> None:
 
 ORPHANS = """
     import os, subprocess, sys, time
-    from job.launch import Child
+    from job.supervision.launch import Child
     assert os.getpid() == 1
     code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'pass']); raise SystemExit(7)"
     for _ in range(3):

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from job import checkpoint
-from job.adapter import add_adapter, trained
-from job.checkpoint import State
-from job.device import Placement
 from job.errors import Diverged
-from job.kernels import PaddingFree, Reference, choose, chunked_head
-from job.loop import SKIPS_IN_A_ROW, Loop, make_optimizer
-from job.model import load_base
-from job.order import Order
+from job.training import checkpoint
+from job.training.adapter import add_adapter, trained
+from job.training.checkpoint import State
+from job.training.device import Placement
+from job.training.kernels import PaddingFree, Reference, choose, chunked_head
+from job.training.loop import SKIPS_IN_A_ROW, Loop, make_optimizer
+from job.training.model import load_base
+from job.training.order import Order
 from tests.job.made import CPU, made_rows, made_spec
 
 BF16 = replace(CPU, precision=torch.bfloat16)
@@ -89,7 +89,7 @@ def test_the_loss_scale_is_part_of_a_checkpoint(tiny_llama: Path, tmp_path: Path
 def test_a_step_the_loss_scale_skips_is_no_divergence_and_many_in_a_row_are(
     tiny_llama: Path, skips: int, diverges: bool
 ) -> None:  # T34
-    from job.loop import _Figures
+    from job.training.loop import _Figures
 
     loop = loop_at(tiny_llama, FP16)
     figures = _Figures(0, loop.order.rows(0), torch.tensor([1.0, float("inf"), 0.0], dtype=torch.float64))
@@ -105,7 +105,7 @@ def test_a_step_the_loss_scale_skips_is_no_divergence_and_many_in_a_row_are(
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tiny_llama: Path) -> None:  # T34
-    from job.loop import _Figures
+    from job.training.loop import _Figures
 
     loop = loop_at(tiny_llama, FP16)
     with pytest.raises(Diverged):

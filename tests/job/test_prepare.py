@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from job import prepare, prepared, row_maker
+from job.data import prepare, prepared, row_maker
 from job.exits import ExitCode
 from job.files import read_json
 from job.inputs import Input, Inputs, write_inputs
@@ -362,7 +362,7 @@ def test_an_earlier_result_is_replaced_whole(run: Run) -> None:
 
 
 def test_the_log_is_a_few_lines_for_people(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="job.prepare"):
+    with caplog.at_level("INFO", logger="job.data.prepare"):
         run([*toy_rows(20), LONG])
     text = caplog.text
     assert "train.jsonl: prompt_completion (prompt, completion)" in text

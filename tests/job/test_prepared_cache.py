@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from job.directory import DirectoryStore
 from job.layout import COMMIT, PREPARED
-from job.parallel import nothing
-from job.prepared_cache import MODULES, PreparedCache, key_of
 from job.spec import JobSpec
+from job.storage.directory import DirectoryStore
+from job.storage.parallel import nothing
+from job.supervision.prepared_cache import MODULES, PreparedCache, key_of
 from tests.test_imports import KNOWN, reach
 
 RECORDS = [
@@ -55,9 +55,9 @@ def test_the_code_of_every_module_that_prepares_is_in_the_key() -> None:
         "child", "errors", "exits", "files", "inputs", "outcome", "process", "spec", "spec_draft", "spec_problems",
         "spec_reference", "spec_section", "spec_values", "strict_yaml", "workdir",
     }  # fmt: skip
-    checks_only = reach("job.model", KNOWN)  # a spec that names layers is looked over, no row is touched
-    reached = {name.removeprefix("job.") for name in reach("job.prepare", KNOWN) - checks_only if name in KNOWN}
-    needed = {name.removeprefix("job.") for name in reach("job.row_writer", KNOWN) if name in KNOWN}
+    checks_only = reach("job.training.model", KNOWN)  # a spec that names layers is looked over, no row is touched
+    reached = {name.removeprefix("job.") for name in reach("job.data.prepare", KNOWN) - checks_only if name in KNOWN}
+    needed = {name.removeprefix("job.") for name in reach("job.data.row_writer", KNOWN) if name in KNOWN}
     assert (reached | needed) - surroundings - {"job"} <= set(MODULES)
     assert all(f"job.{name}" in KNOWN for name in MODULES)
 

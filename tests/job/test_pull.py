@@ -12,8 +12,8 @@ import pytest
 
 from job.errors import InputMissing, JobError, SpecInvalid
 from job.inputs import Input, read_inputs, write_inputs
-from job.pull import Survey, survey
 from job.spec import JobSpec
+from job.supervision.pull import Survey, survey
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ import sys
 from pathlib import Path
 from job.errors import InputMissing
 from job.spec import JobSpec
-from job.pull import survey
+from job.supervision.pull import survey
 spec = JobSpec.model_validate({"name": "a", "model": "org/name", "data": {"train": sys.argv[1]}})
 try:
     survey(spec, Path(sys.argv[2])).bring()
@@ -130,7 +130,7 @@ import os, sys
 from pathlib import Path
 from job.errors import AccessDenied
 from job.spec import JobSpec
-from job.pull import survey
+from job.supervision.pull import survey
 os.setuid(65534)
 for key, model, train in (("data.train", "model", "closed.jsonl"), ("data.train", "model", "closed/a.jsonl"),
                           ("model", "closed/model", "open.jsonl")):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from job import sharded
-from job.device import Placement
 from job.errors import SpecInvalid
-from job.order import share
+from job.training import sharded
+from job.training.device import Placement
+from job.training.order import share
 from tests.job import ranks
 from tests.job.made import made_spec
 from tests.job.scenarios import largest_difference

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from job.results import eval_results, model_card
+from job.supervision.results import eval_results, model_card
 from tests.job.made import made_spec
 
 DIFFERENCE = {"value": -1.5, "standard_error": 0.1, "low": -1.75, "high": -1.25}

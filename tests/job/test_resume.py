@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from job import checkpoint
-from job.checkpoint import State
 from job.errors import Conflict
 from job.spec import differences, digest
+from job.training import checkpoint
+from job.training.checkpoint import State
 from tests.job import ranks, scenarios
 from tests.job.made import made_spec
 from tests.job.scenarios import largest_difference

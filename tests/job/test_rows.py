@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job import json_array
-from job import rows as rows_module
+from job.data import json_array
+from job.data import rows as rows_module
+from job.data.rows import BadRows, Row, read_rows
 from job.errors import DataInvalid, InputMissing
 from job.inputs import Input
-from job.rows import BadRows, Row, read_rows
 from tests.job.tiny import numbered_rows, write_rows
 
 ROW = b'{"text": "one"}\n'

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from job import serving
-from job.adapter import add_adapter, foreseen, save_adapter
 from job.errors import SpecInvalid
 from job.files import read_json
-from job.model import load_base
-from job.new_tokens import Tokens
 from job.spec import parse
+from job.training.adapter import add_adapter, foreseen, save_adapter
+from job.training.model import load_base
+from job.training.new_tokens import Tokens
 from tests.job.made import CPU, made_spec
 
 SPEC = """

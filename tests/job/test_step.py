@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.errors import Diverged
-from job.kernels import PaddingFree, Reference
-from job.loop import Loop, make_optimizer, step_unless
-from job.order import costliest
+from job.training.kernels import PaddingFree, Reference
+from job.training.loop import Loop, make_optimizer, step_unless
+from job.training.order import costliest
 from tests.job.made import CPU, made_spec
 from tests.job.test_loop import LENGTHS, adapter_of, assert_equal, loop_of, losses_of
 
@@ -195,7 +195,7 @@ def test_the_rehearsal_changes_no_bit(tiny_llama: Path, kernel: Any, monkeypatch
     spec = made_spec(training={"batch_size": 2, "max_steps": 3}, lora={"dropout": 0.2})
 
     def trained(share: float) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr("job.loop.REHEARSAL_SHARE", share)
+        monkeypatch.setattr("job.training.loop.REHEARSAL_SHARE", share)
         calls: list[int] = []
         loop = loop_of(tiny_llama, spec, kernel)
         _count(loop, calls)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from job.directory import DirectoryStore
 from job.errors import AccessDenied, DiskFailure, InputMissing, IntegrityFailure, SpecInvalid, TemporaryFailure
-from job.store import (
+from job.storage.directory import DirectoryStore
+from job.storage.store import (
     PreconditionFailed,
     checked,
     foreseen,
@@ -209,7 +209,7 @@ def test_a_write_is_newer_than_what_it_replaces_whatever_the_clock_says(store: D
 ALTERNATE = """
 import sys
 from pathlib import Path
-from job.directory import DirectoryStore
+from job.storage.directory import DirectoryStore
 store = DirectoryStore(Path(sys.argv[1]))
 for turn in range(60):
     store.put(Path(sys.argv[2 + turn % 2]), "a")
@@ -234,8 +234,8 @@ def test_a_reader_sees_the_old_object_or_the_new_one_and_never_half(store: Direc
 RACE = """
 import sys
 from pathlib import Path
-from job.directory import DirectoryStore
-from job.store import PreconditionFailed
+from job.storage.directory import DirectoryStore
+from job.storage.store import PreconditionFailed
 root, name, condition = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 store = DirectoryStore(root)
 sys.stdin.readline()
@@ -315,7 +315,7 @@ NO_ROOM = """
 import resource, sys
 from pathlib import Path
 from job.errors import DiskFailure
-from job.directory import DirectoryStore
+from job.storage.directory import DirectoryStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 store = DirectoryStore(Path(sys.argv[1]), "file:out")
 try:
@@ -338,8 +338,8 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 from job.errors import AccessDenied
-from job.directory import DirectoryStore
-from job.store import probe
+from job.storage.directory import DirectoryStore
+from job.storage.store import probe
 store = DirectoryStore(Path(sys.argv[1]), "file:out")
 os.setuid(65534)  # only now: the user nobody may not read the interpreter everywhere
 calls = {

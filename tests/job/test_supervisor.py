@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from job import layout, transfer
-from job.directory import DirectoryStore
+from job import layout
 from job.errors import TemporaryFailure
 from job.exits import ExitCode
 from job.files import write_json
-from job.own import claim, read_owner
 from job.spec import JobSpec, digest, dump
-from job.store import to_json
-from job.supervisor import Attempt
+from job.storage import transfer
+from job.storage.directory import DirectoryStore
+from job.storage.store import to_json
+from job.supervision.own import claim, read_owner
+from job.supervision.supervisor import Attempt
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_a_result_whose_publication_was_not_heard_of_is_left_as_it_is(
         return etag
 
     monkeypatch.setattr(DirectoryStore, "write", lose_reply)
-    monkeypatch.setattr("job.supervisor.model_card", lambda *_: "card")
-    monkeypatch.setattr("job.supervisor.eval_results", lambda *_: {})
+    monkeypatch.setattr("job.supervision.supervisor.model_card", lambda *_: "card")
+    monkeypatch.setattr("job.supervision.supervisor.eval_results", lambda *_: {})
     inputs = attempt._survey(store)[0].inputs
     with pytest.raises(TemporaryFailure):
         attempt._publish(store, inputs)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from job.directory import DirectoryStore
 from job.errors import Conflict, InputMissing, IntegrityFailure
 from job.files import FileEntry
 from job.layout import COMMIT, MANIFEST, checkpoint_prefix
-from job.store import PreconditionFailed
-from job.transfer import (
+from job.storage.directory import DirectoryStore
+from job.storage.store import PreconditionFailed
+from job.storage.transfer import (
     committed,
     newest_verified,
     prune,
@@ -300,8 +300,9 @@ def test_damage_on_the_way_is_asked_for_once_more(damaged: int, step: int, tmp_p
 KILLED = """
 import itertools, json, os, resource, shutil, signal, sys, threading
 from pathlib import Path
-from job.directory import DirectoryStore
-from job.transfer import committed, newest_verified, prune, publish, push_checkpoint, read_manifest, verify_manifest
+from job.storage.directory import DirectoryStore
+from job.storage.transfer import committed, newest_verified, prune, publish, push_checkpoint
+from job.storage.transfer import read_manifest, verify_manifest
 
 what, root, files = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 store = DirectoryStore(root / "store")

@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from job import verify
-from job.adapter import save_adapter, trained
 from job.errors import IntegrityFailure
+from job.evaluation import verify
 from job.files import read_json, write_json
-from job.model import load_base
+from job.training.adapter import save_adapter, trained
+from job.training.model import load_base
 from tests.job.made import CPU, made_model, made_spec
 
 SPEC = made_spec()

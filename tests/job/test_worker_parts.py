@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from job import outcome
-from job.adapter import trained
-from job.device import place
 from job.errors import DeviceFailure, DeviceOutOfMemory, DiskFailure, JobError, SpecInvalid, TemporaryFailure
 from job.exits import ExitCode
-from job.failures import as_torch_failure
 from job.files import sealing
-from job.memory import available_bytes, peak_bytes, reset_peak
-from job.model import load_base, quantization_config
+from job.training.adapter import trained
+from job.training.device import place
+from job.training.failures import as_torch_failure
+from job.training.memory import available_bytes, peak_bytes, reset_peak
+from job.training.model import load_base, quantization_config
 from tests.job.made import CPU, made_spec
 
 
@@ -72,7 +72,7 @@ def test_the_cpu_trains_in_float32_and_refuses_float16() -> None:
 def test_t49_adapters_are_float32_over_a_16_bit_base_whose_embeddings_stay_16_bit(tiny_llama: Path) -> None:
     from dataclasses import replace
 
-    from job.adapter import add_adapter
+    from job.training.adapter import add_adapter
 
     spec = made_spec(method="qlora")
     half = replace(CPU, precision=torch.bfloat16)
@@ -89,11 +89,11 @@ def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path, tiny_g
 
     from peft import PeftModel
 
-    from job import verify
-    from job.adapter import add_adapter, save_adapter
-    from job.kernels import PaddingFree
-    from job.loop import Loop, make_optimizer
-    from job.order import Order
+    from job.evaluation import verify
+    from job.training.adapter import add_adapter, save_adapter
+    from job.training.kernels import PaddingFree
+    from job.training.loop import Loop, make_optimizer
+    from job.training.order import Order
     from tests.job.made import made_rows
 
     half = replace(CPU, precision=torch.bfloat16)
@@ -218,7 +218,7 @@ def test_t24_a_folder_is_whole_or_absent_whenever_its_writer_is_killed(tmp_path:
 def test_peak_memory_counts_from_the_reset_on() -> None:
     device = torch.device("cpu")
     code = (
-        "import json, torch; from job.memory import peak_bytes, reset_peak; d = torch.device('cpu')\n"
+        "import json, torch; from job.training.memory import peak_bytes, reset_peak; d = torch.device('cpu')\n"
         "a = torch.ones(64 << 20, dtype=torch.uint8); first = peak_bytes(d); del a\n"
         "reset_peak(d); print(json.dumps([first, peak_bytes(d)]))"
     )

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from job import evaluate, generate, sharded, train
+from job.data.prepare import prepare
+from job.evaluation import evaluate, generate
 from job.exits import ExitCode
 from job.files import read_json
 from job.inputs import Input, Inputs, write_inputs
-from job.kernels import PaddingFree
-from job.prepare import prepare
 from job.spec import dump
+from job.training import sharded, train
+from job.training.kernels import PaddingFree
 from job.workdir import WorkDir
 from tests.job import tiny
 from tests.job.made import CPU, made_model, made_rows, made_spec

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from job import layout
-from job.directory import DirectoryStore
 from job.errors import JobError, TemporaryFailure
+from job.storage.directory import DirectoryStore
 from launcher import remote, results
 from launcher.codes import Code, NoResult, Refused, RunFailed
 from launcher.download import fetch, verify

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from job import layout
-from job.directory import DirectoryStore
+from job.storage.directory import DirectoryStore
 from launcher import logs
 from launcher.codes import ClusterUnreachable, NotFound
 from launcher.logs import Seen, progress

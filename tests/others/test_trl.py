@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from job.evaluate import measure
-from job.head import chunked_head
-from job.kernels import PaddingFree
-from job.loop import Loop, make_optimizer
-from job.order import Order
+from job.evaluation.evaluate import measure
+from job.training.head import chunked_head
+from job.training.kernels import PaddingFree
+from job.training.loop import Loop, make_optimizer
+from job.training.order import Order
 from tests.job.made import CPU, made_model, made_rows, made_spec
 
 pytestmark = pytest.mark.others
@@ -93,9 +93,9 @@ def test_trl_trains_the_line_break_after_the_end_of_turn_and_we_do_not(tiny_llam
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from job import chat
-    from job.encode import Encoder
-    from job.formats import Conversation
+    from job.data import chat
+    from job.data.encode import Encoder
+    from job.data.formats import Conversation
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     question, answer = "What colour is the lime?", "green"

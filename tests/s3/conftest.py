@@ -9,10 +9,10 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from job.directory import DirectoryStore
-from job.s3 import S3Store
-from job.s3_ask import Patience
-from job.store import Store
+from job.storage.directory import DirectoryStore
+from job.storage.s3 import S3Store
+from job.storage.s3_ask import Patience
+from job.storage.store import Store
 from tests.s3.certificates import Authority
 from tests.s3.proxy import Proxy, between
 from tests.s3.weed import BUCKET, Identity, Weed, running

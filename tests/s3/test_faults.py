@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from job import transfer
 from job.errors import DiskFailure, IntegrityFailure, SpecInvalid, TemporaryFailure
-from job.own import claim
 from job.process import Identity
-from job.s3 import S3Store
-from job.s3_ask import DAMAGES, Patience
-from job.s3_client import PART_BYTES
-from job.store import PreconditionFailed, probe
+from job.storage import transfer
+from job.storage.s3 import S3Store
+from job.storage.s3_ask import DAMAGES, Patience
+from job.storage.s3_client import PART_BYTES
+from job.storage.store import PreconditionFailed, probe
+from job.supervision.own import claim
 from tests.s3.conftest import IMPATIENT, QUICK, Enter, client
 from tests.s3.proxy import (
     Exchange,
@@ -430,7 +430,7 @@ def test_a_disk_that_fills_up_meanwhile_is_a_disk_failure(s3: S3Store, tmp_path:
     s3.write("a", bytes(100_000))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from job.s3 import S3Store; from job.errors import DiskFailure\n"
+        "from job.storage.s3 import S3Store; from job.errors import DiskFailure\n"
         "S3Store(sys.argv[1]).stat('a')\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"

@@ -7,8 +7,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from job.errors import IntegrityFailure
-from job.s3 import S3Store
-from job.store import probe
+from job.storage.s3 import S3Store
+from job.storage.store import probe
 from tests.s3.conftest import QUICK, client
 from tests.s3.proxy import between, flip_request, without
 from tests.s3.weed import BUCKET, Identity

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import AccessDenied, DiskFailure, InputMissing, JobError, SpecInvalid, TemporaryFailure
-from job.s3 import S3Store
-from job.s3_ask import Patience
-from job.store import probe
+from job.storage.s3 import S3Store
+from job.storage.s3_ask import Patience
+from job.storage.store import probe
 from tests.s3.certificates import Authority
 from tests.s3.conftest import IMPATIENT, QUICK, Enter
 from tests.s3.proxy import Fault, Proxy, answer, between

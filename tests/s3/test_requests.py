@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from job import transfer
-from job.own import claim
 from job.process import Identity
-from job.s3 import S3Store
-from job.s3_client import PART_BYTES
-from job.store import probe
+from job.storage import transfer
+from job.storage.s3 import S3Store
+from job.storage.s3_client import PART_BYTES
+from job.storage.store import probe
+from job.supervision.own import claim
 from tests.s3.proxy import Proxy
 
 CALLS: dict[str, tuple[Callable[[S3Store, Path], object], dict[str, int]]] = {

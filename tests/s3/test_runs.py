@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from job import transfer
 from job.layout import COMMIT
-from job.s3 import S3Store
+from job.storage import transfer
+from job.storage.s3 import S3Store
 from tests.job.pod import Pod, cannot_run, ended, kill, pod_folder, terminate, wait_for
 from tests.s3.conftest import QUICK, Enter, client
 from tests.s3.proxy import Proxy, drop, lose_reply, slowly, stuck

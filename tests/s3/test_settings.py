@@ -10,11 +10,11 @@ from socketserver import BaseRequestHandler, TCPServer
 import pytest
 from s3transfer.utils import ChunksizeAdjuster
 
-from job.directory import DirectoryStore
 from job.errors import AccessDenied, SpecInvalid
-from job.s3 import S3Store
-from job.s3_client import PART_BYTES, connection, mask, parse
-from job.store import open_store
+from job.storage.directory import DirectoryStore
+from job.storage.s3 import S3Store
+from job.storage.s3_client import PART_BYTES, connection, mask, parse
+from job.storage.store import open_store
 from tests.s3.conftest import IMPATIENT, Enter
 from tests.s3.proxy import Proxy
 from tests.s3.weed import BUCKET
@@ -202,7 +202,7 @@ def test_a_key_is_masked_but_can_be_told_from_another() -> None:
 
 def test_without_s3_nothing_of_it_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; import job.supervisor; from job.store import open_store, probe\n"
+        "import sys; import job.supervision.supervisor; from job.storage.store import open_store, probe\n"
         "probe(open_store(sys.argv[1]))\n"
         "print(*sys.modules)"
     )
@@ -214,7 +214,7 @@ def test_without_s3_nothing_of_it_is_imported(tmp_path: Path) -> None:
 def test_without_its_client_an_address_of_s3_names_what_to_install() -> None:
     code = (
         "import sys; sys.modules['botocore'] = None\n"
-        "from job.errors import SpecInvalid; from job.store import open_store\n"
+        "from job.errors import SpecInvalid; from job.storage.store import open_store\n"
         "try:\n    open_store('s3://bucket/a')\n"
         "except SpecInvalid as error:\n    print(error)\n"
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from job import transfer
 from job.errors import Fenced, InputMissing, IntegrityFailure
-from job.own import claim, read_owner
 from job.process import Identity
-from job.s3 import SMALL_BYTES
-from job.s3_client import PART_BYTES
-from job.store import PreconditionFailed, Store, probe
+from job.storage import transfer
+from job.storage.s3 import SMALL_BYTES
+from job.storage.s3_client import PART_BYTES
+from job.storage.store import PreconditionFailed, Store, probe
+from job.supervision.own import claim, read_owner
 
 SIZES = [0, 1, SMALL_BYTES, SMALL_BYTES + 1, PART_BYTES + 1]
 

@@ -1,0 +1,68 @@
+"""The base model's tokenizer, and what its config says of the rows a model can take. No weights are read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from job.data.row_writer import Limits
+from job.errors import InputMissing, SpecInvalid
+from job.files import read_json
+from job.inputs import Input
+from job.spec import JobSpec
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
+"""What model configs call the number of positions."""
+
+
+def open_tokenizer(model: Input, spec: JobSpec) -> tuple[Any, Limits]:
+    """The tokenizer, with the spec's new tokens, and the limits of a row.
+
+    Raises:
+        InputMissing: there is no config.json.
+        SpecInvalid: config or tokenizer cannot be used, or rows are to be longer than the model's positions.
+    """
+    config = _model_config(model)
+    _check_length(spec.training.max_length, config)
+    tokenizer = _tokenizer(model)
+    vocabulary = _vocabulary(config)
+    if spec.lora.new_tokens:
+        tokenizer.add_tokens(list(spec.lora.new_tokens))
+        vocabulary = max(vocabulary or 0, len(tokenizer))  # the worker makes room for them
+    return tokenizer, Limits(spec.training.max_length, spec.training.long_rows, vocabulary)
+
+
+def _model_config(model: Input) -> Mapping[str, Any]:
+    try:
+        config = read_json(model.path / "config.json")
+    except FileNotFoundError:
+        raise InputMissing(f"model.from: {model.uri} has no config.json; name a folder or hub id of a model") from None
+    except ValueError as error:
+        raise SpecInvalid(f"model.from: config.json of {model.uri} is not JSON ({error})") from error
+    # Models that also see or hear keep the figures of their language part one level down.
+    return {**config, **(config.get("text_config") or {})}
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _check_length(max_length: int, config: Mapping[str, Any]) -> None:
+    key = next((key for key in _POSITIONS if isinstance(config.get(key), int)), None)
+    if key is not None and max_length > config[key] > 0:
+        raise SpecInvalid(
+            f"training.max_length: {max_length} tokens, and the model has {config[key]} positions ({key} in its "
+            f"config.json); write {config[key]} or less"
+        )
+
+
+def _tokenizer(model: Input) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its loaders raise whatever their formats do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(model.path), model.uri)
+        raise SpecInvalid(
+            f"model.from: the tokenizer of {model.uri} cannot be loaded ({reason}); the model needs a tokenizer.json, "
+            "and code of its own is not run"
+        ) from error

@@ -1,0 +1,1 @@
+"""Base against tuned: losses, generated answers, and the check that the sealed adapter loads."""

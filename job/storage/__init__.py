@@ -1,0 +1,1 @@
+"""Where bytes live: directories, S3 and hubs behind one protocol."""

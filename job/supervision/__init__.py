@@ -1,0 +1,1 @@
+"""The process that pid 1 runs: it owns the run, brings inputs, attends the ranks and publishes."""
