@@ -23,11 +23,8 @@ from job.storage.store import Store, checked, from_json, require_space, to_json,
 
 log = logging.getLogger(__name__)
 
-MODULES = (
-    "answers", "chat", "data_report", "encode", "equal_rows", "formats", "json_array", "messages", "prepare",
-    "prepared", "qwen", "row_error", "row_maker", "row_writer", "rows", "templates", "tokenizing",
-)  # fmt: skip
-"""Modules whose code decides what is prepared."""
+_CODE = Path(__file__).resolve().parent.parent / "data"
+"""The package whose code decides what is prepared."""
 _LIBRARIES = ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -51,8 +48,7 @@ def key_of(spec: JobSpec, records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _code() -> str:
-    files = (Path(__file__).with_name(f"{name}.py") for name in MODULES)
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files if path.exists())).hexdigest()
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(_CODE.glob("*.py")))).hexdigest()
 
 
 def _version(name: str) -> str:
