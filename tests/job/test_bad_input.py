@@ -153,6 +153,7 @@ def test_a_spec_that_is_not_mounted_is_a_usage_error(tmp_path: Path) -> None:
     assert "gone.yaml" in ended.stderr
 
 
+@pytest.mark.full
 def test_rows_too_few_to_split_train_and_say_so(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_llama, rows=tiny.numbered_rows(2), data={"eval_split": 0.02})
     code, said = run.attempt()
