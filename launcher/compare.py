@@ -18,6 +18,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "mixed": "The runs differ in {what}: the figures do not compare the methods alone.",
         "model": "base model",
         "rows": "evaluation rows",
+        "generated": "number of answered rows",
+        "extract": "what is extracted from answers",
         "device": "device",
         "run": "run",
         "key": "Tuned; in brackets the difference to the base with its 95 % interval, for shares in percentage points.",
@@ -33,6 +35,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "mixed": "{what}が異なるため、手法だけの比較にはなりません。",
         "model": "ベースモデル",
         "rows": "評価行数",
+        "generated": "回答を生成した行数",
+        "extract": "回答からの抽出方法",
         "device": "デバイス",
         "run": "実行",
         "key": "チューニング後の値。括弧内はベースとの差とその95%信頼区間（割合はポイント差）。",
@@ -50,6 +54,8 @@ _METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
 _SHARED = {
     "model": ("model",),
     "rows": ("evaluation.rows", "evaluation.rows_digest"),
+    "generated": ("evaluation.generated_rows",),
+    "extract": ("evaluation.extract",),
     "device": ("performance.device",),
 }
 """What has to be the same for a fair comparison, and where the record has it."""

@@ -25,7 +25,7 @@ class Figure:
         return results.figure(f"evaluation.{side}.{self.key}")
 
     def difference(self, results: Results) -> str:
-        """Tuned less base with its 95 % interval: ``-3.1250 [-3.3000, -2.9500]``; empty where it was not taken.
+        """Tuned less base with its 95 % interval: ``-3.1250 [-3.3000, -2.9500]``; why there is none, if it says so.
 
         That of a share is in percentage points.
         """
@@ -33,7 +33,7 @@ class Figure:
             results.figure(f"evaluation.difference.{self.key}.{part}") for part in ("value", "low", "high")
         )
         if value is None:
-            return ""
+            return str(results[f"evaluation.difference.{self.key}.reason"] or "")
         interval = "" if low is None or high is None else f" [{self._signed(low)}, {self._signed(high)}]"
         return self._signed(value) + interval
 
@@ -55,7 +55,9 @@ FIGURES = (
 
 
 def measured(*runs: Results) -> Iterator[Figure]:
-    """Those that at least one of the runs has, of base or tuned."""
+    """Those that at least one of the runs has, of base or tuned, or says why it has not."""
     for figure in FIGURES:
-        if any(figure.of(run, side) is not None for run in runs for side in ("base", "tuned")):
+        if any(
+            figure.difference(run) or figure.of(run, side) is not None for run in runs for side in ("base", "tuned")
+        ):
             yield figure

@@ -102,9 +102,9 @@ class ChatTemplate:
         return "sentinels", found
 
     def _check_tools(self, tools: Sequence[Tool], text: str) -> None:
-        absent = [name for name in map(tool_name, tools) if name not in text]
+        absent = [i for i, tool in enumerate(tools) if tool_name(tool) not in text]
         if absent:
-            raise RowError("tools left out", f"chat template {self.name} does not write the row's tools ({absent[0]})")
+            raise RowError("tools left out", f"chat template {self.name} does not write tools[{absent[0]}] of the row")
 
     def _finish(self, text: str, spans: Sequence[Span], prompt: str, way: str, trained: tuple[bool, ...]) -> Rendered:
         start, end = spans[-1]

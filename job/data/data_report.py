@@ -51,22 +51,31 @@ def no_evaluation(spec: JobSpec, counts: Counts, split_from: int) -> str | None:
     )
 
 
-def sources_of(train: Counts, spec: JobSpec) -> dict[str, dict[str, Any]]:
-    """For each training file what it gives: rows, tokens, and the rows of an epoch by its weight."""
-    return {
-        source.source: {
+def sources_of(train: Counts, spec: JobSpec) -> list[dict[str, Any]]:
+    """What each entry of ``data.train`` gives: rows, tokens, and the rows of an epoch by its weight.
+
+    In their order and not by name: a file may stand there twice.
+    """
+    return [
+        {
+            "from": source.source,
             "rows": train.source_rows[index],
             "tokens": train.source_tokens[index],
             "weight": source.weight,
             "rows_per_epoch": round(source.weight * train.source_rows[index]),
         }
         for index, source in enumerate(spec.data.train)
-    }
+    ]
 
 
 def lines_of(report: Mapping[str, Any]) -> list[str]:
     """A few lines of the report for the log."""
-    lines = [_file_line(name, shape, report["sources"].get(name)) for name, shape in report["files"].items()]
+    shapes, sources = report["files"], report["sources"]
+    names = {source["from"] for source in sources}
+    lines = [
+        _file_line(source["from"], shapes[source["from"]], source) for source in sources if source["from"] in shapes
+    ]
+    lines += [_file_line(name, shape, None) for name, shape in shapes.items() if name not in names]
     for name, words in (("train", "training"), ("eval", "evaluation")):
         if report[name] is not None:
             lines += _set_lines(words, report[name])

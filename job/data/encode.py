@@ -24,7 +24,7 @@ class Encoded:
     prompt: Ids
     """What the model is given when it is asked for the last answer; empty where nobody will ask."""
     answer: str
-    """The last answer."""
+    """The last answer, without the token that ends it."""
 
     @property
     def supervised(self) -> int:
@@ -48,7 +48,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise SpecInvalid("model.from: the tokenizer has no eos token, so the model could not learn where to stop")
         self._train_on = train_on
-        self._eos = tokenizer.eos_token_id
+        self._eos, self._end = tokenizer.eos_token_id, str(tokenizer.eos_token)
         self._prefix = _prefix(tokenizer)
         self._backend = _bare(tokenizer)
 
@@ -65,12 +65,20 @@ class Encoder:
     def _row(self, row: Rendered, text: Any, prompt: Any) -> Encoded:
         tokens = np.array(text.ids, dtype=np.int32)
         trained = self._mask(row, np.array(text.offsets, dtype=np.int64).reshape(-1, 2))
-        if row.way == "plain text" and (len(tokens) == 0 or tokens[-1] != self._eos):
-            tokens, trained = np.append(tokens, np.int32(self._eos)), np.append(trained, True)
+        answer = row.answer
+        if row.way == "plain text":
+            if len(tokens) == 0 or tokens[-1] != self._eos:
+                tokens, trained = np.append(tokens, np.int32(self._eos)), np.append(trained, True)
+            answer = self._without_end(answer)
         tokens, trained = self._prefixed(tokens), self._prefixed(tokens, trained)
         trained[:1] = False
         asked = self._prefixed(np.array(prompt.ids, dtype=np.int32)) if prompt is not None else tokens[:0]
-        return Encoded(tokens, trained, asked, row.answer)
+        return Encoded(tokens, trained, asked, answer)
+
+    def _without_end(self, answer: str) -> str:
+        """An answer without the end of text that its file wrote out: what a model generates ends before it."""
+        bare = answer.rstrip()
+        return bare.removesuffix(self._end) if bare.endswith(self._end) else answer
 
     def _mask(self, row: Rendered, offsets: npt.NDArray[np.int64]) -> Mask:
         # A token that covers no character of its own (SentencePiece's added space) belongs to the character it is at.

@@ -9,8 +9,8 @@ import numpy as np
 
 @dataclass
 class EqualRows:
-    """Collects the keys of rows (``job.data.formats.key_of``); of two million different ones none is taken for
-    another but with a probability of one in ten million.
+    """Collects the keys (``job.data.formats.key_of``) of rows that were kept; of two million different ones none is
+    taken for another but with a probability of one in ten million.
     """
 
     _train: "array[int]" = field(default_factory=lambda: array("Q"))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.data.row_error import RowError, is_text
+from job.data.row_error import RowError, is_text, reason
 
 Message = Mapping[str, Any]
 """``role`` and ``content``; of an assistant that calls tools ``tool_calls``; ``weight`` 0 on an answer that is not
@@ -84,7 +84,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     name = text_of(item.get(role_key), f"{where}.{role_key}").lower()
     role = _ROLES.get(name)
     if role is None:
-        raise RowError("unknown role", f"{where}.{role_key} is {item[role_key]!r}; known are {', '.join(_ROLES)}")
+        raise RowError("unknown role", f"{where}.{role_key} is none of {', '.join(_ROLES)}")
     content = item.get(content_key)
     calls = _calls(item.get("tool_calls"), f"{where}.tool_calls")
     if name == CALL:
@@ -112,7 +112,7 @@ def _weight(value: Any, role: str, where: str) -> dict[str, int]:
     if value is None:
         return {}
     if isinstance(value, bool) or value not in (0, 1):
-        raise RowError("weight", f"{where} is {value!r}; it is 0 (not trained) or 1")
+        raise RowError("weight", f"{where} is neither 0 (not trained) nor 1")
     if value and role != "assistant":
         raise RowError("weight", f"{where} is 1, but only answers of the assistant are trained; leave it out")
     return {} if value else {"weight": 0}
@@ -139,10 +139,11 @@ def _call(item: Any, where: str) -> dict[str, Any]:
 
 
 def _from_json(value: Any, where: str) -> Any:
+    text = text_of(value, where)
     try:
-        return json.loads(text_of(value, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RowError("invalid JSON", f"{where} holds a call or tools, which are JSON: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError("invalid JSON", f"{where} holds a call or tools, which are JSON: {reason(error)}") from error
 
 
 def _check_order(messages: Sequence[Message], column: str) -> None:

@@ -112,13 +112,12 @@ class Pass:
         self.split_from += 1
         if row.is_aside:
             self._evaluate(row)
-        else:
+        elif self.train.add(row):
             self.equal.train(row.key)
-            self.train.add(row)
 
     def _evaluate(self, row: Made) -> None:
-        self.equal.evaluate(row.key)
-        self.eval.add(row)
+        if self.eval.add(row):
+            self.equal.evaluate(row.key)
 
     def _made(self, sources: Sequence[Input], are_aside: bool = False) -> Generator[Made, None, None]:
         """The usable rows of files, in order; the others are counted."""

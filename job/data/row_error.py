@@ -1,7 +1,6 @@
 """What may be wrong with a row or its file, and JSON read strictly. Pure."""
 
 import json
-from collections import Counter
 from typing import Any, NoReturn
 
 from job.errors import DataInvalid
@@ -44,8 +43,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys all differ; json would silently keep the last of equal ones."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RowError("duplicate key", repr(twice))
+        firsts = {name: i for i, (name, _) in reversed(list(enumerate(pairs, start=1)))}
+        place = next(i for i, (name, _) in enumerate(pairs, start=1) if firsts[name] < i)
+        raise RowError("duplicate key", f"key {place} of {len(pairs)} in an object is one of those before it")
     return values
 
 

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from job.child import leave_with
 from job.data.chat import ChatTemplate, Rendered, render
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 _BATCH_ROWS = 200
 _BATCH_CHARACTERS = 1_000_000
 """Bounds of what one call makes."""
+_CHARACTERS_OF_A_VALUE = 32
+"""What a number, an object or a list takes of that bound by itself."""
 _MOST_PROCESSES = 4
 """Each takes some 150 MiB."""
 _WORTH_BYTES = 16 * 2**20
@@ -118,7 +121,7 @@ def batches(file: int, items: Iterable[Row | BadRow], shape_of: Callable[[Row], 
         for item in items:
             if isinstance(item, Row):
                 shape = shape or shape_of(item)
-                characters += sum(len(value) if isinstance(value, str) else 1000 for value in item.values.values())
+                characters += _characters(item.values)
             waiting.append(item)
             if len(waiting) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
                 yield Batch(file, shape, waiting)
@@ -127,6 +130,22 @@ def batches(file: int, items: Iterable[Row | BadRow], shape_of: Callable[[Row], 
         yield Batch(file, shape, waiting)
         raise
     yield Batch(file, shape, waiting)
+
+
+def _characters(values: Any) -> int:
+    """Characters of all texts in a row, however deep they stand; anything else counts as a few."""
+    count, waiting = 0, [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+            continue
+        count += _CHARACTERS_OF_A_VALUE
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return count
 
 
 def processes_for(files: Sequence[Path]) -> int:

@@ -100,8 +100,8 @@ class RowWriter:
         self._digest = hashlib.sha256()
         self._writer: Any = ArrowWriter(path=str(path), features=_features())
 
-    def add(self, row: Made) -> None:
-        """Takes one row, cuts or drops it by policy; it is written with its batch.
+    def add(self, row: Made) -> bool:
+        """Takes one row, cuts or drops it by policy; it is written with its batch. Whether it was kept.
 
         Raises:
             DataInvalid: it is too long and ``training.long_rows`` is ``error``.
@@ -109,12 +109,13 @@ class RowWriter:
         """
         fitted = self._fit(row)
         if fitted is None:
-            return
+            return False
         self._count(row, fitted)
         self._waiting.append((row, fitted))
         self._tokens += len(fitted.tokens)
         if len(self._waiting) >= _BATCH_ROWS or self._tokens >= _BATCH_TOKENS:
             self._flush()
+        return True
 
     def close(self) -> str:
         """Writes what is waiting; a set without rows leaves no file. Returns the digest (hex) of all rows."""

@@ -15,6 +15,10 @@ from job.errors import DataInvalid, InputMissing
 from job.inputs import Input
 
 _PARQUET_BATCH_ROWS = 256
+_PARQUET_BATCH_BYTES = 4 * 2**20
+"""Bounds of what is held of a .parquet file: rows, and bytes by the mean of their row group."""
+_PARQUET_BUFFER_BYTES = 2**20
+"""Read of a column at a time; without it a whole row group would be."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,9 @@ def _read_table(source: Input, has_header: bool) -> _Numbered:
             return
         except csv.Error as error:
             yield number, RowError("malformed field", f"{error}; a quote inside a quoted field is written twice")
+            # An open quote takes in the lines after it: they may have been rows, and are lost with it.
+            for lost in range(number + 1, reader.line_num + 1):
+                yield lost, RowError("malformed field", f"lost to the quote that line {number} leaves open")
             continue
         if fields:
             yield number, _table_row(fields, header)
@@ -249,13 +256,31 @@ def _read_parquet(source: Input, has_header: bool) -> _Numbered:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, values
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
+            for group in range(file.num_row_groups):
+                size = _batch_rows(file.metadata.row_group(group))
+                for batch in file.iter_batches(batch_size=size, row_groups=[group]):
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield number, {name: _without_nulls(value) for name, value in values.items()}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         refuse(source, f"cannot be read as parquet after row {number}: {reason(error)}; write the file again")
+
+
+def _batch_rows(group: Any) -> int:
+    """How many rows of a row group are read at once."""
+    mean: int = group.total_byte_size // max(group.num_rows, 1)
+    return max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(mean, 1)))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column's value without the members that are null.
+
+    Arrow gives every object of a column the keys of all of them: nobody wrote those nulls.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, _Reader] = {

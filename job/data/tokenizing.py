@@ -53,6 +53,21 @@ def _check_length(max_length: int, config: Mapping[str, Any]) -> None:
             f"training.max_length: {max_length} tokens, and the model has {config[key]} positions ({key} in its "
             f"config.json); write {config[key]} or less"
         )
+    short = _short_positions(config)
+    if short is not None and max_length > short:
+        raise SpecInvalid(
+            f"training.max_length: {max_length} tokens, and this model (longrope) tells positions otherwise in a batch "
+            f"with a row of more than {short}: the loss of a row would depend on the others; write {short} or less"
+        )
+
+
+def _short_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens up to which LongRoPE (arXiv:2402.13753) has its short factors; None for models without."""
+    rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}  # new name and old
+    if "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    found = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 def _tokenizer(model: Input) -> Any:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from job.data.prepared import Rows
 from job.errors import DataInvalid, IntegrityFailure, InternalError, SpecInvalid
 from job.evaluation import evaluate, generate, metrics
-from job.evaluation.figures import OF_ANSWERS, OF_TOKENS, Array, differences, figures
+from job.evaluation.figures import OF_ANSWERS, OF_TOKENS, Array, differences, figures, finite
 from job.files import sealing, write_json
 from job.layout import CHECKPOINT_STATE
 from job.training.adapter import load_adapter, save_adapter
@@ -221,8 +221,9 @@ def _side_by_side(
     generated = 0 if base[1] is None else len(base[1])
     sides: dict[str, Any] = {"base": {}, "tuned": {}, "difference": {}}
     for before, after, table in kinds:
-        sides["base"] |= figures(before, table)
-        sides["tuned"] |= figures(after, table)
+        both = finite(figures(before, table), figures(after, table))
+        sides["base"] |= both[0]
+        sides["tuned"] |= both[1]
         sides["difference"] |= differences(before, after, table)
     return {
         "rows": len(base[0]),

@@ -68,9 +68,9 @@ YES_OR_NO: Mapping[str, int] = {"exact_match": 1, "extracted_match": 2}
 class Difference:
     """Tuned less base."""
 
-    value: float
+    value: float | None
     standard_error: float | None
-    """None with fewer than two rows."""
+    """None with fewer than two rows; so are the ends."""
     low: float | None
     high: float | None
     """Ends of the 95 % interval."""
@@ -83,7 +83,7 @@ def figures(sums: Array, metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 
 def differences(base: Array, tuned: Array, metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
-    """Each metric's difference and its uncertainty, by name.
+    """Each metric's difference and its uncertainty, by name; None with a ``reason`` for what is not finite.
 
     The rows are drawn anew with replacement, the same for both models, and the figures taken of every draw (paired
     bootstrap: Koehn 2004, W04-3250; Efron and Tibshirani 1993). What both models find hard then cancels out, and
@@ -93,19 +93,37 @@ def differences(base: Array, tuned: Array, metrics: Mapping[str, Metric]) -> dic
     Args:
         base: sums ``[rows, columns]`` of one model; ``tuned`` of the other, on the same rows.
     """
-    whole = {name: float(metric(tuned.sum(0)) - metric(base.sum(0))) for name, metric in metrics.items()}
+    scores = figures(base, metrics), figures(tuned, metrics)
+    whole = {name: scores[1][name] - scores[0][name] for name in metrics}
     if len(base) < 2:
-        return {name: asdict(Difference(value, None, None, None)) for name, value in whole.items()}
+        return {name: _record(Difference(value, None, None, None)) for name, value in whole.items()}
     drawn = _drawn(_blocks(base), _blocks(tuned))
     found = {}
     for name, metric in metrics.items():
         if name in YES_OR_NO:
-            found[name] = asdict(_of_pairs(base[:, YES_OR_NO[name]], tuned[:, YES_OR_NO[name]]))
+            found[name] = _record(_of_pairs(base[:, YES_OR_NO[name]], tuned[:, YES_OR_NO[name]]))
             continue
-        spread = np.concatenate([metric(after) - metric(before) for before, after in drawn])
-        low, high = np.percentile(spread, _LEVEL)
-        found[name] = asdict(Difference(whole[name], float(spread.std(ddof=1)), float(low), float(high)))
+        with np.errstate(invalid="ignore"):
+            spread = np.concatenate([metric(after) - metric(before) for before, after in drawn])
+            low, high = np.percentile(spread, _LEVEL)
+            found[name] = _record(Difference(whole[name], float(spread.std(ddof=1)), float(low), float(high)))
     return found
+
+
+def _record(difference: Difference) -> dict[str, Any]:
+    """As it stands in JSON, which has no word for infinity."""
+    if difference.value is None or not math.isfinite(difference.value):
+        return asdict(Difference(None, None, None, None)) | {"reason": "not finite"}
+    uncertainty = (difference.standard_error, difference.low, difference.high)
+    if all(number is None or math.isfinite(number) for number in uncertainty):
+        return asdict(difference)
+    return asdict(Difference(difference.value, None, None, None)) | {"reason": "not finite on some draws of the rows"}
+
+
+def finite(base: Mapping[str, float], tuned: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Both models' figures without those that are not finite for one of them, which nothing can be compared with."""
+    names = [name for name in base if math.isfinite(base[name]) and math.isfinite(tuned[name])]
+    return {name: base[name] for name in names}, {name: tuned[name] for name in names}
 
 
 def _of_pairs(base: Array, tuned: Array) -> Difference:

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from job.data.prepared import Rows
+from job.data.prepared import Ids, Rows
 from job.evaluation.evaluate import dealt, evaluating
 from job.training.attention import attention, stock_attention
 from job.training.device import Placement
@@ -33,25 +34,38 @@ def answers(
 ) -> dict[int, str]:
     """This rank's share of the greedy answers to the first ``count`` rows, by row; together the ranks answer each once.
 
-    A prompt that leaves no room for an answer is answered with nothing.
+    A prompt that leaves no room for an answer is answered with nothing. An empty one (rows of plain text) becomes the
+    tokenizer's BOS, or else its EOS: no model goes on from nothing.
     """
-    wanted = sorted(range(min(count, len(rows))), key=lambda row: len(rows.prompt(row)))
-    batches = [wanted[start : start + batch_rows] for start in range(0, len(wanted), batch_rows)]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    alone = np.array([eos if bos is None else bos], dtype=np.int32)
+    prompts = [rows.prompt(row) if len(rows.prompt(row)) else alone for row in range(min(count, len(rows)))]
     positions = _positions(core)
-    said: dict[int, str] = {}
+    rooms = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+    aside = [row for row, room in enumerate(rooms) if room < 1]
+    if aside and placement.rank == 0:
+        log.warning("%d prompts leave no room for an answer in %d positions: counted as wrong", len(aside), positions)
+    said = dict.fromkeys(aside[placement.rank :: placement.world], "")
     with evaluating(core), attention(core, stock_attention(core)):
-        for batch, counts in dealt(batches, placement):
+        for batch, counts in dealt(_batches(prompts, rooms, batch_rows), placement):
             on_batch()
-            room = positions - max(len(rows.prompt(row)) for row in batch)
-            if room < 1:
-                log.warning(
-                    "%d prompts leave no room for an answer in %d positions: counted as wrong", len(batch), positions
-                )
-                texts = [""] * len(batch)
-            else:
-                texts = _generate(core, rows, batch, tokenizer, end_ids, placement, min(max_new_tokens, room))
+            asking = [prompts[row] for row in batch]
+            texts = _generate(core, asking, tokenizer, end_ids, placement, rooms[batch[0]])
             said |= dict(zip(batch, texts, strict=True)) if counts else {}
     return said
+
+
+def _batches(prompts: Sequence[Ids], rooms: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Rows by length of their prompts; those of a batch have equal room, so that none cuts another's answer short."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        if rooms[row] < 1:
+            continue
+        if batches and len(batches[-1]) < batch_rows and rooms[batches[-1][0]] == rooms[row]:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def _positions(core: Any) -> int:
@@ -62,15 +76,14 @@ def _positions(core: Any) -> int:
 
 def _generate(
     core: nn.Module,
-    rows: Rows,
-    batch: Sequence[int],
+    asking: Sequence[Ids],
     tokenizer: PreTrainedTokenizerBase,
     end_ids: Sequence[int],
     placement: Placement,
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to a batch of prompts, padded on the left."""
-    prompts = [torch.from_numpy(rows.prompt(row).astype("int64")) for row in batch]
+    prompts = [torch.from_numpy(prompt.astype("int64")) for prompt in asking]
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), longest), end_ids[0], dtype=torch.int64)
     mask = torch.zeros_like(tokens)

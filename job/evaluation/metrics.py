@@ -2,15 +2,23 @@
 
 import re
 import unicodedata
-from decimal import Decimal
+from decimal import Context, Decimal
 from functools import cache
 from typing import Any
 
 COLUMNS = 4 + 3 * 6
 """Answers, exact, extracted, ROUGE-L, and three counts for each order of character n-grams."""
 
-_NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_MINUS = str.maketrans("−‐‑–", "----")
+_LETTERS = "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u052f\u1e00-\u1fff"
+"""Latin, Greek and Cyrillic, in which units and names are written; other scripts set no space before a number."""
+_NUMBER = re.compile(
+    rf"[{_LETTERS}]\d+(?:[.,]\d+)*"  # part of a word (m2), and no number
+    rf"|((?:(?<![\w.])-)?"
+    rf"(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![{_LETTERS}\d.])\.\d+))"
+    r"([\u00b2\u00b3\u00b9\u2070\u2074-\u2079]| ?[\u00bc-\u00be\u2150-\u215e])?"  # a power or a fraction with it
+)
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("−‐‑–", "----")
+"""Full-width forms as ASCII, and every minus as one. NFKC would make digits of powers, too."""
 
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
@@ -35,16 +43,23 @@ def statistics(answer: str, wanted: str, extract: str | None) -> list[float]:
 def extracted(text: str, extract: str | None) -> str | None:
     """The part of an answer that is compared: its last number in plain digits, or the last match's group.
 
-    Numbers lose the commas between thousands, full-width digits become plain, and ``72.0`` is ``72``. None where there
-    is nothing.
+    Numbers lose the commas between thousands, full-width digits become plain, and ``72.0`` is ``72``. Digits right
+    after a letter (``m2``) are no number. None where there is nothing, or where the last number is one that plain
+    digits do not hold (``10⁵``, ``3½``).
     """
     if extract is None:
         return None
     if extract != "number":
         matches = list(re.finditer(extract, text))
         return matches[-1].group(1) if matches else None
-    numbers = _NUMBER.findall(unicodedata.normalize("NFKC", text).translate(_MINUS))
-    return format(Decimal(numbers[-1].replace(",", "")).normalize() + 0, "f") if numbers else None
+    numbers = [match for match in _NUMBER.finditer(text.translate(_PLAIN)) if match.group(1)]
+    return None if not numbers or numbers[-1].group(2) else _written(numbers[-1].group(1).replace(",", ""))
+
+
+def _written(number: str) -> str:
+    """All its digits, without zeros that say nothing."""
+    exact = Decimal(number).normalize(Context(prec=len(number)))
+    return format(exact or Decimal(0), "f")
 
 
 def rouge_l(answer: str, wanted: str) -> float:

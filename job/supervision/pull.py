@@ -177,15 +177,17 @@ def survey(spec: JobSpec, folder: Path, *, commit: str | None = None, others: It
     ]
     evaluation = [_data(data.eval, "data.eval", folder / "eval")] if data.eval is not None else []
     model, weights = _model(spec.model.source, folder / "model")
+    everything = [*weights, *pieces, *evaluation, *(_local(item.uri, item.path) for item in others)]
+    # What is named more than once is brought once, and read there by all that name it.
+    unique = {piece.name: piece for piece in reversed(everything)}
     inputs = Inputs(
         model=model,
-        train=tuple(Input(piece.name, piece.path) for piece in pieces),
-        eval=Input(evaluation[0].name, evaluation[0].path) if evaluation else None,
+        train=tuple(Input(piece.name, unique[piece.name].path) for piece in pieces),
+        eval=Input(evaluation[0].name, unique[evaluation[0].name].path) if evaluation else None,
     )
-    everything = [*weights, *pieces, *evaluation, *(_local(item.uri, item.path) for item in others)]
-    unique = tuple({piece.name: piece for piece in everything}.values())
-    is_of_hub = not weights
-    return Survey(inputs, unique, commit or spec.model.revision, spec.model.source if is_of_hub else None, folder)
+    brought = tuple(reversed(unique.values()))
+    hub_name = spec.model.source if not weights else None
+    return Survey(inputs, brought, commit or spec.model.revision, hub_name, folder)
 
 
 def _is_same(record: Record | None, piece: Piece | None) -> bool:

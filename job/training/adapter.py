@@ -72,7 +72,13 @@ def wrapped(base: nn.Module, spec: JobSpec, tokens: Tokens | None = None) -> Pef
     if tokens is not None:
         make_room(base, tokens.vocabulary)
     config = _config(base, spec, tokens)
-    model = get_peft_model(base, config)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        words = " ".join(str(error).split())[:200]
+        raise SpecInvalid(
+            f"lora.target_modules: PEFT cannot adapt these layers of {spec.model.name} ({words})"
+        ) from error
     config.base_model_name_or_path = spec.model.name
     config.revision = spec.model.revision
     return model

@@ -53,7 +53,7 @@ def _documents_attention(
         )
         for q, k, v in zip(*(torch.split(t, documents.lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _window(query: Tensor, window: int | None) -> Tensor | None:

@@ -92,7 +92,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     with sealing(target) as scratch:
         save_adapter(model, scratch, formats)
-        tensors, numbers = _flatten(optimizer, list(trained(model)))
+        tensors, numbers = _flatten(optimizer, _names(optimizer, trained(model)))
         save_file(tensors, scratch / OPTIMIZER)
         if best is not None and best.exists() and state.course.get("best_step") != state.step:
             shutil.copytree(best, scratch / BEST)
@@ -141,6 +141,12 @@ def accept(state: State, spec_digest: str, data_digest: str, here: dict[str, Any
         )
 
 
+def _names(optimizer: Optimizer, parameters: dict[str, torch.nn.Parameter]) -> list[str]:
+    """The names of the optimizer's parameters in its own order, which is by group."""
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _flatten(optimizer: Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state as named tensors and named numbers: `parameter|field`, deeper fields behind another bar."""
     tensors: dict[str, Tensor] = {}
@@ -167,7 +173,7 @@ def _unflatten(
     tensors: dict[str, Tensor],
     numbers: dict[str, Any],
 ) -> None:
-    index_of = {name: index for index, name in enumerate(parameters)}
+    index_of = {name: index for index, name in enumerate(_names(optimizer, parameters))}
     state: dict[int, dict[str, Any]] = {}
     for path, value in (tensors | numbers).items():
         name, *fields = path.split("|")

@@ -11,20 +11,37 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from job.data.prepared import Rows
+from job.data.prepared import Ids, Rows
 from job.training import linear
 from job.training.attention import PACKED_ATTENTION, UnsupportedModel, attention, stock_attention
 from job.training.batch import Packed, Padded, pack, pad
+from job.training.failures import is_out_of_memory
 from job.training.head import ChunkedHead, Scores, chunked_head, cross_entropy_sum, scores_of
 
 log = logging.getLogger(__name__)
 
 _AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest relative difference of loss and gradient that counts as the same, by precision."""
+
+
+_LEAK = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+"""Largest mean change (nats) of later rows' losses that counts as none, by precision."""
+
+_PROBE_TOKENS = 512
+"""Tokens that the longest row of a comparison may have where there are shorter ones: its logits are held whole."""
+
+
+def probe_of(lengths: npt.NDArray[np.int32]) -> list[int]:
+    """Three rows to compare kernels on, the longest first; a row stands in more than once where there are fewer."""
+    order = np.argsort(lengths, kind="stable")
+    modest = order[: max(1, int(np.searchsorted(lengths[order], _PROBE_TOKENS, side="right")))]
+    return [int(modest[-1]), int(modest[0]), int(modest[min(1, len(modest) - 1)])]
 
 
 class Kernel(Protocol):
@@ -217,6 +234,9 @@ def choose(
                 worst = _difference(model, rows, probe, kernel, expected, refused)
                 if worst is None:
                     continue
+                if not kernel.padded and _leaks(model, rows, probe, kernel, precision):
+                    refused.append(f"with {kernel.name} a row's loss depends on the row before it")
+                    continue
                 if worst <= _AGREE[precision]:
                     agrees = f"agrees with the reference: largest relative difference {worst:.1e}"
                     return Choice(kernel, "; ".join([agrees, *refused]))
@@ -229,17 +249,19 @@ def choose(
     return Choice(reference, reason)
 
 
-def named(model: nn.Module, name: str, reference: Reference, reason: str) -> Choice:
-    """The kernel that a checkpoint names; the reference, saying so, if it can no longer be had here."""
+def named(model: nn.Module, name: str, reference: Reference, reason: str) -> Choice | None:
+    """The kernel that a checkpoint names; None, saying so, if it can no longer be had here."""
     if name == reference.name:
         return Choice(reference, reason)
     refused: list[str] = []
     for kernel in _made(model, reference, refused):
         if kernel.name == name:
             return Choice(kernel, reason)
-    reason = f"the run began with {name}, which is not to be had here ({'; '.join(refused) or 'unknown'})"
-    log.warning("kernels: %s; going on with the reference: the same training, not bit for bit", reason)
-    return Choice(reference, reason)
+    why = "; ".join(refused) or "unknown"
+    log.warning(
+        "kernels: the run began with %s, which is not to be had here (%s): not bit for bit from here", name, why
+    )
+    return None
 
 
 def _made(model: nn.Module, reference: Reference, refused: list[str]) -> Iterator[Kernel]:
@@ -261,10 +283,43 @@ def _difference(
     """Largest relative difference of loss and gradient; None, noting why, where the kernel does not work."""
     try:
         found = _loss_and_gradient(model, rows, probe, kernel)
-    except (UnsupportedModel, TypeError, ValueError) as error:
+    except (UnsupportedModel, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         refused.append(f"{kernel.name} does not work with this model: {error}")
         return None
     return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class _Altered:
+    """The same rows with one of them changed: as long, but of other tokens."""
+
+    def __init__(self, rows: Rows, index: int) -> None:
+        self._rows, self._index = rows, index
+
+    def tokens(self, i: int) -> Ids:
+        row = self._rows.tokens(i)
+        return np.full_like(row, row[-1]) if i == self._index else row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rows, name)
+
+
+def _leaks(model: nn.Module, rows: Rows, probe: Sequence[int], kernel: Kernel, precision: torch.dtype) -> bool:
+    """Whether the losses of later rows change with the tokens of the first, which stays as long as it is.
+
+    All shapes stay as they are, so dense models give the same bits; experts may be given other tokens to share.
+    """
+    altered: Any = _Altered(rows, probe[0])
+    # Never the same row twice: changed, it would have changed everywhere.
+    later = [index for index in probe if index != probe[0]]
+    if not later:
+        return False
+    together = [probe[0], *later]
+    with torch.no_grad(), kernel.installed(model):
+        one, other = (kernel.score(model, kernel.collate(which, together)).losses for which in (rows, altered))
+    after = slice(int(rows.supervised[probe[0]]), None)
+    return not float((one[after] - other[after]).abs().mean().nan_to_num(0.0)) <= _LEAK[precision]
 
 
 def _loss_and_gradient(model: nn.Module, rows: Rows, indices: Sequence[int], kernel: Kernel) -> list[Tensor]:

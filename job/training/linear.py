@@ -90,6 +90,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _operator(x, weight, bias)
 
 
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """``[rows, out]`` with the leading sizes of ``like``; no view to autograd: a model may change it in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(flat, [*like.shape[:-1], flat.shape[-1]])
+    return shaped
+
+
 class _Frozen(torch.autograd.Function):
     """A linear layer whose weights do not train."""
 
@@ -97,7 +103,7 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.product = product
-        return product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+        return _shaped(product(x.flatten(0, -2), weight, bias), x)
 
     @staticmethod
     @once_differentiable
@@ -128,7 +134,7 @@ class _Adapted(torch.autograd.Function):
         narrow = product(source, a, None).mul_(scale)
         ctx.save_for_backward(source, narrow, frozen[0], a, b)
         ctx.scale, ctx.product, ctx.shares = scale, product, dropped is None
-        return product(flat, *frozen).addmm_(narrow, b.t()).view(*x.shape[:-1], -1)
+        return _shaped(product(flat, *frozen).addmm_(narrow, b.t()), x)
 
     @staticmethod
     @once_differentiable

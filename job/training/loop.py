@@ -261,7 +261,7 @@ class Loop:
 
         Leaves no trace: gradients go, and every step seeds its own random numbers.
         """
-        group = costliest(self.rows.lengths, self.budget, self.kernel.padded)
+        group = costliest(self.rows.lengths, self.order, self.budget, self.kernel.padded)
         cost = int(self.rows.lengths[group].sum())
         ahead = (self.order.steps - self.progress.step) * self.training.batch_size * float(self.rows.lengths.mean())
         if self.placement.device.type != "cuda" and cost > REHEARSAL_SHARE * ahead:
@@ -368,7 +368,7 @@ def learning_rates(training: Training, steps: int) -> Callable[[int], float]:
     warmup = math.ceil(training.warmup_ratio * steps)
     probe = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
     schedule: Any
-    if training.schedule == "constant" or training.min_lr == training.learning_rate:
+    if training.schedule == "constant" or training.min_lr == training.learning_rate or warmup >= steps:
         schedule = get_constant_schedule_with_warmup(probe, warmup)
     elif training.schedule == "linear":
         schedule = get_polynomial_decay_schedule_with_warmup(probe, warmup, steps, lr_end=training.min_lr, power=1.0)

@@ -94,7 +94,6 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
             dtype=placement.precision,
             quantization_config=quantization,
             device_map={"": placement.device},
-            attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -103,6 +102,11 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
         raise SpecInvalid(
             f"model {spec.model.name}: its pickled weights are refused by torch's restricted unpickler "
             f"({str(error).splitlines()[0]}); convert them to safetensors"
+        ) from error
+    except (ValueError, ImportError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise SpecInvalid(
+            f"model {spec.model.name}: transformers cannot load it as it is asked to ({words})"
         ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # transformers' word for weights of another shape

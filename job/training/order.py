@@ -18,6 +18,19 @@ from job.spec import Training
 
 Indices = npt.NDArray[np.int64]
 
+_ROWS_LOOKED_AT = 1 << 16
+
+
+def _copies_of(source: int, rows: int, weight: float) -> int:
+    """Copies per epoch of an input's rows, a whole number. Raises DataInvalid for rows that come to none."""
+    copies = round(weight * rows)
+    if rows and not copies:
+        raise DataInvalid(
+            f"data.train.{source}.weight: {rows} rows with weight {weight:g} come to no row per epoch; raise it, "
+            "or leave the input out"
+        )
+    return copies
+
 
 class Order:
     """The order in which a run meets its rows."""
@@ -32,18 +45,13 @@ class Order:
         """
         self._sources = sources
         self._weights = np.asarray(weights, dtype=np.float64)
-        self._batch_size = training.batch_size
+        self._batch_size = self.rows_per_step = training.batch_size
         self._seed = training.seed
         self._digest = digest
         self.rows_per_epoch = sum(
-            round(float(weight) * int(np.count_nonzero(sources == source)))
+            _copies_of(source, int(np.count_nonzero(sources == source)), float(weight))
             for source, weight in enumerate(self._weights)
         )
-        if not self.rows_per_epoch:
-            raise DataInvalid(
-                f"data.train: {len(sources)} rows with weights {[float(weight) for weight in weights]} come to no row "
-                "per epoch; raise the weight, or leave it out"
-            )
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / self._batch_size)
         self.steps = training.max_steps or max(1, math.ceil(training.epochs * self.steps_per_epoch))
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
@@ -95,11 +103,25 @@ def micro_batches(lengths: Sequence[int], budget: int, padded: bool) -> list[lis
     return groups
 
 
-def costliest(lengths: npt.NDArray[Any], budget: int, padded: bool) -> list[int]:
-    """A micro-batch that no other of the run costs more than: the longest rows, as many as the budget lets in."""
-    longest = np.argsort(-lengths, kind="stable")[: max(1, budget)]
-    costs = lengths[longest[0]] * np.arange(1, len(longest) + 1) if padded else np.cumsum(lengths[longest])
-    return [int(row) for row in longest[: max(1, int(np.searchsorted(costs, budget, side="right")))]]
+def costliest(lengths: npt.NDArray[Any], order: Order, budget: int, padded: bool) -> list[int]:
+    """The rows of the costliest micro-batch of a run: the most tokens, and of those the longest row.
+
+    Looks through the first epoch, of long ones through steps spread over it evenly; the longest row of all, where it
+    alone costs more, stands for those between.
+    """
+    looks = min(order.steps, order.steps_per_epoch, max(1, _ROWS_LOOKED_AT // max(1, order.rows_per_step)))
+    found = [int(np.argmax(lengths))]
+    for look in range(looks):
+        rows = order.rows(look * min(order.steps, order.steps_per_epoch) // looks)
+        own = [int(length) for length in lengths[rows]]
+        groups = ([int(rows[p]) for p in group] for group in micro_batches(own, budget, padded))
+        found = max(found, *groups, key=lambda group: _cost(lengths[group], padded))
+    return found
+
+
+def _cost(lengths: npt.NDArray[Any], padded: bool) -> tuple[int, int]:
+    longest = int(lengths.max())
+    return (longest * len(lengths) if padded else int(lengths.sum())), longest
 
 
 def share(groups: Sequence[list[int]], lengths: Sequence[int], rank: int, world: int) -> list[list[int]]:

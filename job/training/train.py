@@ -64,7 +64,7 @@ def run(workdir: WorkDir) -> ExitCode:
         if worker.is_first:
             for line in parts.lines(worker.parts):
                 log.info("%s", line)
-        needs = _expected(worker, folder)
+        needs = _expected(worker, order, folder)
         base = load_base(folder, spec, sharded.loading_place(spec, placement))
         model = add_adapter(base, spec, placement, tokens)
         if sharded.shards(spec, placement):
@@ -96,7 +96,7 @@ def _ready(worker: Worker, model: PeftModel, order: Order) -> tuple[Loop, dict[s
     spec, placement, data = worker.spec, worker.placement, worker.data
     optimizer = make_optimizer(model, spec.training)
     state = _accepted(worker)
-    choice = _kernel(worker, model, order, state)
+    choice = _kernel(worker, model, state)
     loop = Loop(model, optimizer, data.train, order, spec.training, choice.kernel, placement)
     if state is not None:
         checkpoint.restore(worker.workdir.resume, model, optimizer)
@@ -120,18 +120,18 @@ def _accepted(worker: Worker) -> State | None:
     return state
 
 
-def _kernel(worker: Worker, model: PeftModel, order: Order, state: State | None) -> kernels.Choice:
+def _kernel(worker: Worker, model: PeftModel, state: State | None) -> kernels.Choice:
     """The kernel of a run: the one it began with, else what spec and comparison choose."""
-    placement, rows = worker.placement, worker.data.train
+    placement, rows, core = worker.placement, worker.data.train, model.get_base_model()
     # Any token will do for padding: attention and labels go by position.
     reference = kernels.Reference(int(worker.data.info["pad_id"] or 0), placement.device)
     if worker.spec.training.kernels == "reference":
         return kernels.Choice(reference, "training.kernels: reference")
     if state is not None:
-        return kernels.named(model.get_base_model(), state.kernels["name"], reference, state.kernels["reason"])
-    first = sorted((int(row) for row in order.rows(0)), key=lambda row: int(rows.lengths[row]))
-    probe = [first[-1], *first[: min(2, len(first) - 1)]]
-    core = model.get_base_model()
+        begun_with = kernels.named(core, state.kernels["name"], reference, state.kernels["reason"])
+        if begun_with is not None:
+            return begun_with
+    probe = kernels.probe_of(rows.lengths)
     return kernels.choose(core, rows, probe, reference, placement.autocast, placement.precision)
 
 
@@ -174,10 +174,12 @@ def _is_late(worker: Worker, step: int, seconds: float) -> bool:
     minutes, placement = worker.spec.checkpoints.every_minutes, worker.placement
     if minutes is None or (placement.world > 1 and step % worker.spec.training.logging_steps):
         return False
-    late = torch.tensor(float(seconds / 60 >= minutes), device=placement.device)
-    if placement.world > 1:
-        dist.broadcast(late, 0)
-    return bool(late)
+    late = seconds / 60 >= minutes
+    if placement.world == 1:
+        return late
+    of_rank_0 = torch.tensor(float(late), device=placement.device)
+    dist.broadcast(of_rank_0, 0)
+    return bool(of_rank_0)
 
 
 def _stopped_early(worker: Worker, loop: Loop) -> bool:
@@ -259,10 +261,10 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], needs
     )
 
 
-def _expected(worker: Worker, model: Path) -> Estimate | None:
+def _expected(worker: Worker, order: Order, model: Path) -> Estimate | None:
     """What the training should hold at its peak, provided for; None for a family whose sizes nobody knows."""
     place, lengths, training = worker.placement, worker.data.train.lengths, worker.spec.training
-    group = costliest(lengths, training.micro_batch_size * training.max_length, padded=False)
+    group = costliest(lengths, order, training.micro_batch_size * training.max_length, padded=False)
     tokens, longest = int(lengths[group].sum()), int(lengths[group].max())
     here = Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
     needs = expected(model, worker.spec, here)
@@ -307,11 +309,11 @@ class _Metrics:
 
 
 def _cut_metrics(worker: Worker, step: int, evaluated: int) -> None:
-    """Lines of steps that will be trained again go, and those of evaluations that will be made again."""
+    """Lines of steps that will be trained again go, those of evaluations that will be made again, and half lines."""
     path = worker.workdir.metrics
     if not worker.is_first or not path.exists():
         return
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     kept = [line for line in lines if line["step"] <= (evaluated if "eval_loss" in line else step)]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """One rank of a run: what it has to know, and how it tells the supervisor where it is."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class Worker:
         """Leaves the latest word on progress."""
         if self.is_first:
             self.last_word = time.monotonic()
-            write_json(self.workdir.progress, self.position | word)
+            write_json(self.workdir.progress, without_holes(self.position | word))
 
     def pulse(self) -> None:
         """Shows the supervisor that something goes on, where there is nothing to say."""
@@ -83,7 +84,7 @@ class Worker:
         """Adds a line to metrics.jsonl."""
         if self.is_first:
             with self.workdir.metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(json.dumps(without_holes(line)) + "\n")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as ``prepare`` used it, its chat template included."""
@@ -91,3 +92,10 @@ class Worker:
             self.workdir.prepared / "tokenizer", local_files_only=True
         )
         return tokenizer
+
+
+def without_holes(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for numbers that JSON has no word for: a step that the loss scale skipped has no norm."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }

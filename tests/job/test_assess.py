@@ -5,20 +5,25 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from job.errors import DataInvalid, IntegrityFailure, SpecInvalid
+from job.evaluation import assess
 from job.exits import ExitCode
 from job.files import entries_of, read_json
 from job.storage import transfer
 from job.storage.store import open_store
 from job.supervision import courier
+from job.supervision.results import model_card
 from job.training import checkpoint, train
 from job.training.course import Course
 from job.workdir import WorkDir
 from tests.job import tiny
+from tests.job.made import made_spec
 from tests.job.running import Run, kill, make_run, wait_for
 from tests.job.worked import adapter, evaluation, losses_on_the_way, made_workdir, resume, work
 
@@ -231,6 +236,21 @@ def test_generated_answers_are_compared_by_every_metric(tiny_llama: Path, tmp_pa
         difference = found["difference"][name]
         assert difference["value"] == pytest.approx(found["tuned"][name] - found["base"][name])
         assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_a_perplexity_that_overflows_is_in_no_record_and_on_no_card() -> None:
+    """What is not finite would make the record no JSON, and the card of a trained run must not fail for it."""
+    spec = made_spec()
+    worker: Any = SimpleNamespace(spec=spec, data=SimpleNamespace(info={"eval_digest": "0"}))
+    high, low = (np.array([[loss, 1.0, 10.0]] * 3) for loss in (8000.0, 10.0))
+    for base, tuned in ((high, low), (low, high)):
+        found = assess._side_by_side(worker, (base, None), (tuned, None))
+        found |= {"steps": 8, "published_step": 8, "best": None, "stopped_early": None}
+        record = json.loads(json.dumps({"evaluation": found}, allow_nan=False))
+        assert record["evaluation"]["difference"]["perplexity"]["reason"] == "not finite"
+        card = model_card("made", spec, record)
+        assert "| loss" in card
+        assert "perplexity" not in card
 
 
 COURSES: dict[str, tuple[list[float], float, tuple[int, int]]] = {

@@ -196,13 +196,48 @@ def test_a_tuned_model_ends_its_answers_although_padding_and_end_are_one_token(t
         assert generate.answers(core, rows, tokenizer, [end], CPU, 3, max_new_tokens=8, batch_rows=batch_rows) == wanted
 
 
-def test_an_answer_ends_where_the_model_has_no_more_positions(tiny_gpt2: Path) -> None:
+PROMPTS: dict[str, tuple[list[list[int]], list[list[int]], list[int]]] = {
+    "no room for some": ([[7] * 250, [7] * 256, [8] * 3, [9] * 260], [[2], [0]], [1, 3]),
+    "less room for some": ([[7] * 3, [7] * 246, [8] * 251, [8] * 249, [9] * 251], [[0], [1], [3], [2, 4]], []),
+    "room for none": ([[7] * 256, [8] * 300], [], [0, 1]),
+    "nothing to begin with": ([[], [7] * 3, []], [[0, 2, 1]], []),
+}
+"""Prompts for a model of 256 positions that is asked for 12 tokens; the batches; rows that are put aside."""
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_greedy_answer_is_the_same_whatever_is_asked_beside_it(
+    tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """T5: room is that of the prompt alone; an empty prompt, which plain text has, is the token a text begins with."""
     from transformers import AutoTokenizer
 
+    prompts, batches, aside = PROMPTS[case]
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
-    core = made_model(tiny_gpt2, made_spec()).get_base_model()  # 256 positions
-    rows = rows_of([[7, 8, 9]] * 2, [[False, False, True]] * 2, [[7] * 250, [7] * 256], ["x", "x"])
-    for batch_rows in (1, 2):
-        said = generate.answers(core, rows, tokenizer, [0], CPU, count=2, max_new_tokens=64, batch_rows=batch_rows)
-        assert said[1] == ""
-        assert (said[0] == "") is (batch_rows == 2)
+    core = made_model(tiny_gpt2, made_spec()).get_base_model()
+    ask = generate._generate
+    asked: list[tuple[list[list[int]], int]] = []
+
+    def noted(core: Any, asking: Any, *others: Any) -> list[str]:
+        asked.append(([prompt.tolist() for prompt in asking], others[-1]))
+        return ask(core, asking, *others)
+
+    monkeypatch.setattr(generate, "_generate", noted)
+
+    def said(chosen: list[list[int]], world: int = 1, **more: Any) -> dict[int, str]:
+        rows = rows_of([[7, 8]] * len(chosen), [[False, True]] * len(chosen), chosen)
+        every = [replace(CPU, rank=rank, world=world) for rank in range(world)]
+        shares = [generate.answers(core, rows, tokenizer, [0], rank, len(chosen), 12, **more) for rank in every]
+        assert sum(map(len, shares)) == len(chosen)
+        return {row: text for share in shares for row, text in share.items()}
+
+    together = said(prompts)
+    full = [prompt or [tokenizer.eos_token_id] for prompt in prompts]  # this tokenizer has no BOS
+    assert asked == [([full[row] for row in batch], min(12, 256 - len(full[batch[0]]))) for batch in batches]
+    assert not any(together[row] for row in aside)
+    assert together == said(prompts, batch_rows=1) == said(prompts, world=3) == said(full)
+    assert together == {row: said([prompt])[0] for row, prompt in enumerate(prompts)}
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(9)
+    asked.clear()
+    assert said(prompts) == said([prompt or [9] for prompt in prompts])
+    assert asked[: len(batches)] == asked[len(batches) :]

@@ -1,9 +1,13 @@
 """What two models score on the same rows, and how sure the difference is."""
 
+import json
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 
-from job.evaluation.figures import BLOCKS, OF_ANSWERS, OF_TOKENS, chrf, differences, figures
+from job.evaluation.figures import BLOCKS, OF_ANSWERS, OF_TOKENS, chrf, differences, figures, finite
 from job.evaluation.metrics import COLUMNS
 
 
@@ -97,6 +101,30 @@ def test_one_row_says_nothing_of_the_uncertainty() -> None:
     found = differences(base, tuned, OF_TOKENS)["loss"]
     assert (found["standard_error"], found["low"], found["high"]) == (None, None, None)
     assert found["value"] != 0
+
+
+UNCERTAIN = {"standard_error": None, "low": None, "high": None}
+UNBOUNDED: dict[str, tuple[list[float], list[float], dict[str, Any]]] = {
+    "base": ([8000, 9000, 7000], [10, 9, 7], {"value": None, "reason": "not finite"} | UNCERTAIN),
+    "tuned": ([10, 9, 7], [8000, 9000, 7000], {"value": None, "reason": "not finite"} | UNCERTAIN),
+    "both": ([8000, 9000, 7000], [8000, 9000, 7000], {"value": None, "reason": "not finite"} | UNCERTAIN),
+    "one row": ([8000], [10], {"value": None, "reason": "not finite"} | UNCERTAIN),
+    "not a number": ([math.nan, 1, 1], [1, 1, 1], {"value": None, "reason": "not finite"} | UNCERTAIN),
+    "some draws": ([10_000, 9, 7], [10, 9, 7], {"reason": "not finite on some draws of the rows"} | UNCERTAIN),
+}
+"""Losses of both models on rows of 10 tokens, and what becomes of the perplexity's difference."""
+
+
+@pytest.mark.parametrize("case", UNBOUNDED)
+def test_what_is_not_finite_is_left_out_with_a_reason(case: str) -> None:
+    *losses, expected = UNBOUNDED[case]
+    base, tuned = (np.array([[loss, 1.0, 10.0] for loss in each]) for each in losses)
+    found = differences(base, tuned, OF_TOKENS)
+    assert found["perplexity"] == {"value": found["perplexity"]["value"]} | expected
+    sides = finite(figures(base, OF_TOKENS), figures(tuned, OF_TOKENS))
+    assert all(("perplexity" in side) is (found["perplexity"]["value"] is not None) for side in sides)
+    assert all("token_accuracy" in side for side in sides)
+    json.dumps([found, sides], allow_nan=False)
 
 
 def test_many_rows_are_drawn_in_blocks_with_the_same_uncertainty() -> None:

@@ -93,7 +93,7 @@ def test_with_a_template_questions_and_answers_become_messages() -> None:
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "missing column": ({"prompt": "u"}, "missing column: 'completion'; the row has 'prompt'"),
+    "missing column": ({"prompt": "u"}, "missing column: 'completion'; columns of other names: 1"),
     "null": ({"prompt": "u", "completion": None}, "column 'completion' is null"),
     "number": ({"prompt": "u", "completion": 3}, "column 'completion' is int"),
     "list": ({"prompt": ["u"], "completion": "a"}, "column 'prompt' is list"),
@@ -114,7 +114,10 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
     "null": (None, "not a list of messages"),
     "empty": ([], "not a list of messages"),
     "strings": (["hello"], "messages[0] is not an object"),
-    "unknown role": ([{"role": "wizard", "content": "x"}], "messages[0].role is 'wizard'"),
+    "unknown role": ([{"role": "wizard", "content": "x"}], "messages[0].role is none of system"),
+    "odd weight": ([U, {**A, "weight": "secret"}], "messages[1].weight is neither 0"),
+    "call": ([U, {**A, "tool_calls": [{"name": "f", "arguments": "secret"}]}], "arguments holds a call or tools"),
+    "call of digits": ([U, {**A, "tool_calls": [{"name": "f", "arguments": "1" * 5000}]}], "Exceeds the limit"),
     "null content": ([U, {"role": "assistant", "content": None}], "messages[1].content is null"),
     "parts": ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content is list"),
     "empty answer": ([U, {"role": "assistant", "content": ""}, U, A], "messages[1].content is empty"),
@@ -127,8 +130,10 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("messages", "what"), BAD_MESSAGES.values(), ids=BAD_MESSAGES)
 def test_messages_out_of_order_are_named_by_position(messages: Any, what: str) -> None:  # T36
-    with pytest.raises(RowError, match=re.escape(what)):
+    with pytest.raises(RowError, match=re.escape(what)) as caught:
         example({"messages": messages})
+    # The report holds no word of the data.
+    assert not any(word in str(caught.value) for word in ("wizard", "secret", "hello"))
 
 
 def test_a_system_column_without_template_is_not_lost_silently() -> None:

@@ -102,7 +102,7 @@ class SoftCapped(PaddingFree):
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
-        (Leaking(DEVICE, implementation="sdpa"), "leaking differs from the reference"),
+        (Leaking(DEVICE, implementation="sdpa"), "with leaking a row's loss depends on the row before it"),
         (SoftCapped(DEVICE), "attention with softcap"),
     ],
 )
@@ -155,3 +155,69 @@ def test_cross_entropy_is_a_sum_in_float32() -> None:
     expected = -torch.log_softmax(logits.float(), -1)[torch.arange(7), targets].sum()
     torch.testing.assert_close(cross_entropy_sum(logits, targets), expected)
     assert CPU.precision == torch.float32
+
+
+class Whispering(PaddingFree):
+    """Lets a later row know of an earlier one, by less than what rounding to 16 bits comes to."""
+
+    name = "whispering"
+
+    def score(self, model, batch):  # type: ignore[no-untyped-def]
+        scores = super().score(model, batch)
+        return scores._replace(losses=scores.losses + 0.01 * (batch.tokens[0, 0] % 7))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_leak_too_small_for_the_comparison_of_sums_is_seen(tiny_llama: Path, precision: torch.dtype) -> None:  # T14
+    core = made_model(tiny_llama, made_spec()).get_base_model()
+    rows, probe = made_rows([300, 9, 5], 300), [0, 1, 2]
+    for kernel, leaks in ((Whispering(DEVICE), True), (PaddingFree(DEVICE), False)):
+        assert kernels._leaks(core, rows, probe, kernel, precision) == leaks
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [([40, 7, 9], [0, 1, 2]), ([900, 7, 300, 9], [2, 1, 3]), ([900, 800], [1, 1, 1]), ([5], [0, 0, 0])],
+)
+def test_kernels_are_compared_on_several_rows_of_modest_length(lengths: list[int], expected: list[int]) -> None:  # T43
+    import numpy as np
+
+    assert kernels.probe_of(np.array(lengths, dtype=np.int32)) == expected
+
+
+def test_a_kernel_that_cannot_be_had_any_more_is_chosen_anew(tiny_llama: Path) -> None:
+    core = made_model(tiny_llama, made_spec()).get_base_model()
+    reference = Reference(0, DEVICE)
+    assert kernels.named(core, "padding-free of another age", reference, "-") is None
+    for name in ("reference", "padding-free", "padded, chunked head"):
+        choice = kernels.named(core, name, reference, "as it was")
+        assert choice is not None
+        assert choice.record() == {"name": name, "reason": "as it was"}
+
+
+def test_a_model_that_breaks_a_kernel_falls_back(tiny_llama: Path) -> None:  # T43
+    class Breaking(PaddingFree):
+        name = "breaking"
+
+        def loss(self, model, batch):  # type: ignore[no-untyped-def]
+            raise RuntimeError("view size is not compatible with input tensor's size and stride")
+
+    core = made_model(tiny_llama, made_spec()).get_base_model()
+    choice = chosen(core, made_rows(LENGTHS, 300), [2, 1, 3], Breaking(DEVICE))
+    assert "breaking does not work with this model" in choice.reason
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+def test_models_without_sdpa_are_loaded_and_trained(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "n_head": 4, "n_layer": 2}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path)
+    model = made_model(tmp_path, made_spec())
+    choice = chosen(model.get_base_model(), made_rows(LENGTHS, 300), [2, 1, 3])
+    assert choice.kernel.name == {"gemma2": "padded, chunked head", "bloom": "reference"}[family], choice.reason
+    loop = loop_of(tmp_path, made_spec(training={"batch_size": 4, "max_steps": 3}), choice.kernel, LENGTHS)
+    losses = losses_of(loop)
+    assert losses[-1] < losses[0]

@@ -257,6 +257,13 @@ def test_learning_rates(training: dict[str, Any], expected: list[float]) -> None
     assert [rate(step) for step in range(10)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("ratio", "steps"), [(0.03, 1), (1.0, 4), (0.95, 10)])
+def test_a_warm_up_over_all_steps_rises_to_the_peak(schedule: str, ratio: float, steps: int) -> None:
+    rate = learning_rates(Training(schedule=schedule, warmup_ratio=ratio, learning_rate=1e-3), steps)  # type: ignore[arg-type]
+    assert [rate(step) for step in range(steps)] == pytest.approx([1e-3 * (k + 1) / steps for k in range(steps)])
+
+
 def test_the_cosine_falls_from_its_peak_to_min_lr() -> None:
     rate: Callable[[int], float] = learning_rates(
         Training.model_validate({"learning_rate": 1.0, "min_lr": 0.1, "warmup_ratio": 0.1}), 100

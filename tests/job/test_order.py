@@ -53,6 +53,12 @@ def test_steps_in_all(training: dict[str, float], steps: int) -> None:
     assert order_of(100, batch_size=10, **training).steps == steps
 
 
+def test_an_input_of_several_that_comes_to_no_row_is_refused_by_its_place() -> None:
+    sources = np.array([0] * 20 + [1] * 4, dtype=np.int16)
+    with pytest.raises(DataInvalid, match=r"data\.train\.1\.weight: 4 rows with weight 0\.1"):
+        order_of(24, weights=[1.0, 0.1], sources=sources)
+
+
 def test_weights_that_come_to_no_row_are_refused() -> None:
     with pytest.raises(DataInvalid, match="come to no row"):
         order_of(10, weights=[0.01])

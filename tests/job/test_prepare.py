@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ import pytest
 import yaml
 
 from job.data import prepare, prepared, row_maker
+from job.data.data_report import lines_of, sources_of
+from job.data.formats import Shape
+from job.data.row_writer import Counts
+from job.data.rows import Row
 from job.exits import ExitCode
 from job.files import read_json
 from job.inputs import Input, Inputs, write_inputs
 from job.workdir import WorkDir
+from tests.job.made import made_spec
 from tests.job.tiny import CHATML, IM_END, as_messages, numbered_rows, toy_messages, toy_rows, write_rows
 
 Run = Callable[..., WorkDir]
@@ -186,18 +192,58 @@ def test_duplicates_and_rows_also_in_training_are_reported(run: Run) -> None:
     assert loaded(workdir).info["eval_sources"] == ["eval.jsonl"]
 
 
+def test_rows_that_were_dropped_are_neither_duplicates_nor_overlap(run: Run) -> None:
+    rows = [*numbered_rows(10), LONG, LONG]
+    report = read_json(run(rows, evaluation=[*toy_rows(3), LONG, LONG], max_dropped=0.5).data_report)
+    assert report["train"]["duplicates"] == report["eval"]["duplicates"] == report["eval"]["also_in_train"] == 0
+    assert (report["train"]["kept"], report["eval"]["kept"], report["warnings"]) == (10, 3, [])
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|endoftext|>\n", ""])
+def test_an_end_of_text_that_the_file_writes_out_is_no_part_of_the_answer(run: Run, tiny_gpt2: Path, end: str) -> None:
+    row = {"prompt": "plum: ", "completion": f"purple{end}"}
+    rows = loaded(run(toy_rows(1), model=tiny_gpt2, evaluation=[row])).eval
+    assert rows is not None
+    assert rows.answer(0) == "purple"
+
+
+def test_a_batch_of_long_conversations_is_bounded_like_one_of_long_columns() -> None:
+    shape = Shape("messages", {"messages": "messages"})
+    long = [Row("a", i, as_messages({"prompt": "x" * 100_000, "completion": "y"})) for i in range(25)]
+    short = [Row("a", i, as_messages(toy_rows(1)[0])) for i in range(300)]
+    assert [len(batch.items) for batch in row_maker.batches(0, long, lambda row: shape)] == [10, 10, 5]
+    assert [len(batch.items) for batch in row_maker.batches(0, short, lambda row: shape)] == [200, 100]
+    nested: Any = "x"
+    for _ in range(5000):
+        nested = [nested]
+    assert row_maker._characters({"deep": nested}) > 5000
+
+
 def test_what_each_file_gives_to_an_epoch_is_reported(run: Run) -> None:
     workdir = run(
         {"a.jsonl": numbered_rows(10), "b.jsonl": toy_rows(6)},
         train=["a.jsonl", {"from": "b.jsonl", "weight": 0.5}],
     )
     sources = read_json(workdir.data_report)["sources"]
-    assert {name: (one["rows"], one["weight"], one["rows_per_epoch"]) for name, one in sources.items()} == {
-        "a.jsonl": (10, 1.0, 10),
-        "b.jsonl": (6, 0.5, 3),
-    }
+    assert [(one["from"], one["rows"], one["weight"], one["rows_per_epoch"]) for one in sources] == [
+        ("a.jsonl", 10, 1.0, 10),
+        ("b.jsonl", 6, 0.5, 3),
+    ]
     rows = loaded(workdir).train
-    assert sources["b.jsonl"]["tokens"] == rows.lengths[rows.sources == 1].sum()
+    assert sources[1]["tokens"] == rows.lengths[rows.sources == 1].sum()
+
+
+def test_a_file_that_is_given_twice_is_reported_twice() -> None:
+    spec = made_spec(data={"train": ["a", {"from": "a", "weight": 2}]})
+    counts = Counts(source_rows=Counter({0: 5, 1: 4}), source_tokens=Counter({0: 50, 1: 40}))
+    sources = sources_of(counts, spec)
+    assert [(one["rows"], one["tokens"], one["rows_per_epoch"]) for one in sources] == [(5, 50, 5), (4, 40, 8)]
+    report = {"files": {"a": "text", "e": "text"}, "sources": sources, "no_eval": None, "bad_rows": {}, "warnings": []}
+    assert lines_of(report | {"train": None, "eval": None}) == [
+        "a: text, 5 training rows",
+        "a: text, 4 training rows, weight 2: 8 an epoch",
+        "e: text",
+    ]
 
 
 def test_new_tokens_are_one_token_each_and_fit_the_model(run: Run) -> None:
@@ -328,6 +374,18 @@ def test_a_length_beyond_the_models_positions_is_refused_with_both(run: Run, tin
     assert "257 tokens" in message
     assert "256 positions (n_positions" in message
     loaded(run(toy_rows(3), model=tiny_gpt2, training={"max_length": 256}))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_length_at_which_longrope_depends_on_the_batch_is_refused(  # T1
+    run: Run, tiny_llama: Path, tmp_path: Path, inside: bool
+) -> None:
+    original = {"original_max_position_embeddings": 100}
+    rope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], **(original if inside else {})}
+    model = broken_model(tiny_llama, tmp_path / "long", rope_scaling=rope, **({} if inside else original))
+    message = refused(run(toy_rows(3), model=model, training={"max_length": 128}), ExitCode.CONFIG)
+    assert "write 100 or less" in message
+    loaded(run(toy_rows(3), model=model, training={"max_length": 100}))
 
 
 def broken_model(tiny: Path, folder: Path, **config: Any) -> Path:

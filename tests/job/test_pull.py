@@ -13,6 +13,8 @@ import pytest
 from job.errors import InputMissing, JobError, SpecInvalid
 from job.inputs import Input, read_inputs, write_inputs
 from job.spec import JobSpec
+from job.storage.store import local_path, open_store
+from job.supervision import pull
 from job.supervision.pull import Survey, survey
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,6 +90,27 @@ except InputMissing as error:
         check=True,
     )
     assert "model org/name: HF_HUB_OFFLINE is set" in said.stdout
+
+
+NAMED_TWICE: dict[str, tuple[dict[str, Any], int]] = {
+    "to train on and to evaluate on": ({"train": "s3://b/t.jsonl", "eval": "s3://b/t.jsonl"}, 2),
+    "with two weights": ({"train": ["s3://b/t.jsonl", {"from": "s3://b/t.jsonl", "weight": 2}]}, 2),
+}
+
+
+@pytest.mark.parametrize(("data", "count"), NAMED_TWICE.values(), ids=NAMED_TWICE)
+def test_an_object_that_is_named_twice_is_brought_once_and_read_there(
+    data: dict[str, Any], count: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    rows(tmp_path / "store" / "t.jsonl")
+    monkeypatch.setattr(pull, "local_path", lambda uri: None if uri.startswith("s3://") else local_path(uri))
+    monkeypatch.setattr(pull, "open_store", lambda uri: open_store(str(tmp_path / "store")))
+    spec = JobSpec.model_validate({"name": "a", "model": str(tiny_llama), "data": data})
+    brought = survey(spec, tmp_path / "brought").bring()
+    inputs = [*brought.inputs.train, *([brought.inputs.eval] if brought.inputs.eval else [])]
+    assert [one.path.read_text() for one in inputs] == ['{"text": "a"}\n'] * count
+    assert len({record["name"] for record in brought.records}) == len(brought.records)
 
 
 MISSING: list[tuple[str, dict[str, str], type[JobError], list[str]]] = [

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from job.errors import Diverged
 from job.training.kernels import PaddingFree, Reference
 from job.training.loop import Loop, make_optimizer, step_unless
-from job.training.order import costliest
+from job.training.order import Order, costliest
 from tests.job.made import CPU, made_spec
 from tests.job.test_loop import LENGTHS, adapter_of, assert_equal, loop_of, losses_of
 
@@ -163,21 +164,24 @@ def test_another_runtime_error_is_never_taken_for_memory(tiny_llama: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("lengths", "budget", "padded", "expected"),
+    ("lengths", "budget", "batch_size", "padded", "tokens"),
     [
-        ([3, 9, 5, 7], 16, False, [1, 3]),
-        ([3, 9, 5, 7], 17, True, [1]),
-        ([3, 9, 5, 7], 4, False, [1]),
-        ([3, 3, 3], 100, False, [0, 1, 2]),
-        ([4, 4, 4], 12, True, [0, 1, 2]),
+        ([2500, *[2000] * 7], 4096, 8, False, 4000),
+        ([2100, *[2048] * 7], 4096, 8, False, 4096),
+        ([2100, *[2048] * 7], 4096, 8, True, 4096),
+        ([1000] * 8, 4096, 2, False, 2000),
+        ([5000, *[100] * 7], 4096, 8, False, 5000),
+        ([3, 9, 5, 7], 100, 4, True, 24),
     ],
 )
-def test_the_costliest_micro_batch_holds_the_longest_rows(
-    lengths: list[int], budget: int, padded: bool, expected: list[int]
+def test_the_costliest_micro_batch_is_one_of_the_runs_own(
+    lengths: list[int], budget: int, batch_size: int, padded: bool, tokens: int
 ) -> None:
-    import numpy as np
-
-    assert costliest(np.array(lengths, dtype=np.int32), budget, padded) == expected
+    training = made_spec(training={"batch_size": batch_size, "max_length": 10000}).training
+    order = Order(np.zeros(len(lengths), dtype=np.int16), [1.0], training, "digest")
+    rows = np.array(lengths, dtype=np.int32)
+    group = costliest(rows, order, budget, padded)
+    assert int(rows[group].sum()) == tokens
 
 
 def test_memory_that_does_not_suffice_shows_before_the_first_step(tiny_llama: Path) -> None:

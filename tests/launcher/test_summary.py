@@ -197,11 +197,36 @@ def test_every_figure_of_runs_is_compared_with_its_interval() -> None:
     assert "抽出一致" in table(runs, "ja")
 
 
-def test_unlike_runs_are_not_passed_off_as_a_comparison_of_methods() -> None:
-    runs = [Results("a", record()), Results("b", record(model="org/other", evaluation__rows=64))]
-    assert table(runs).splitlines()[-1] == (
-        "The runs differ in base model, evaluation rows: the figures do not compare the methods alone."
-    )
+UNLIKE: dict[str, dict[str, Any]] = {
+    "base model, evaluation rows": {"model": "org/other", "evaluation__rows": 64},
+    "number of answered rows": {"evaluation__generated_rows": 17},
+    "what is extracted from answers": {"evaluation__extract": "number"},
+    "device": {"performance__device": "cuda"},
+}
+
+
+@pytest.mark.parametrize("words", UNLIKE)
+def test_unlike_runs_are_not_passed_off_as_a_comparison_of_methods(words: str) -> None:
+    same: dict[str, Any] = {"evaluation__generated_rows": 64, "evaluation__extract": r"= (\d+)"}
+    alike, unlike = record(**same), record(**(same | UNLIKE[words]))
+    said = f"The runs differ in {words}: the figures do not compare the methods alone."
+    assert table([Results("a", alike), Results("b", unlike)]).splitlines()[-1] == said
+    assert "異なるため" in table([Results("a", alike), Results("b", unlike)], "ja").splitlines()[-1]
+    assert "differ" not in table([Results("a", alike), Results("b", alike)])
+
+
+def test_a_figure_that_is_not_finite_says_so() -> None:
+    result = measured_anew()
+    for side in ("base", "tuned"):
+        del result["evaluation"][side]["perplexity"]
+    result["evaluation"]["difference"]["perplexity"] = {
+        "value": None,
+        "low": None,
+        "high": None,
+        "reason": "not finite",
+    }
+    assert "perplexity               -          -   not finite" in summary(Results("runs/x", result)).splitlines()
+    assert "| 0.1250 (-3.1250 [-3.1275, -3.1225]) | - |" in table([Results("runs/x", result)])
 
 
 def test_a_run_without_figures_has_a_row_of_dashes() -> None:
