@@ -45,7 +45,7 @@ class Order:
         """
         self._sources = sources
         self._weights = np.asarray(weights, dtype=np.float64)
-        self._batch_size = self.rows_per_step = training.batch_size
+        self._batch_size = training.batch_size
         self._seed = training.seed
         self._digest = digest
         self.rows_per_epoch = sum(
@@ -109,7 +109,7 @@ def costliest(lengths: npt.NDArray[Any], order: Order, budget: int, padded: bool
     Looks through the first epoch, of long ones through steps spread over it evenly; the longest row of all, where it
     alone costs more, stands for those between.
     """
-    looks = min(order.steps, order.steps_per_epoch, max(1, _ROWS_LOOKED_AT // max(1, order.rows_per_step)))
+    looks = min(order.steps, order.steps_per_epoch, max(1, _ROWS_LOOKED_AT // max(1, len(order.rows(0)))))
     found = [int(np.argmax(lengths))]
     for look in range(looks):
         rows = order.rows(look * min(order.steps, order.steps_per_epoch) // looks)

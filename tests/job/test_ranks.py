@@ -148,7 +148,7 @@ def test_t39_the_worker_leaves_the_mathematics_to_no_helper_of_accelerate() -> N
     """No Accelerator, no prepared loader, model or scheduler, no DDP (T39, T40): what is imported says so."""
     home = Path(__file__).parents[2] / "job"
     taken: dict[str, set[str]] = {}
-    for path in sorted(home.glob("*.py")):
+    for path in sorted(home.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "accelerate":
                 taken.setdefault(path.name, set()).update(alias.name for alias in node.names)
