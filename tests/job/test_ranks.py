@@ -71,6 +71,19 @@ def test_t40_ten_rows_on_four_ranks_of_which_some_have_none(  # T3 T40 T41
     assert len(many["losses"]) == 6
 
 
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(  # T30
+    several: ranks.Ranks, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Only rank 0 has too little memory; both go on with the same smaller budget, to the same losses."""
+    halving = {"training": STEPS | {"micro_batch_size": 4, "on_out_of_memory": "halve"}}
+    one, first = trained_by(several, tmp_path, str(tiny_llama), 1, halving)
+    two, second = trained_by(several, tmp_path, str(tiny_llama), 2, halving, kernel="scarce")
+    assert one["halvings"] == 0
+    assert two["halvings"] >= 1
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
+    assert largest_difference(first, second) < 1e-5
+
+
 def test_t38_the_gradient_is_clipped_after_it_was_summed_over_ranks(  # T38
     several: ranks.Ranks, tiny_llama: Path, tmp_path: Path
 ) -> None:
