@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from job.sizing.shapes import Matrix, Shapes
-from job.spec import JobSpec, Lora
+from job.spec import JobSpec
+from job.spec_sections import Lora
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from job.data.prepared import Rows
 from job.errors import Diverged
-from job.spec import Training
+from job.spec_sections import Training
 from job.training.adapter import trained
 from job.training.device import Placement
 from job.training.failures import is_out_of_memory

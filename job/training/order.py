@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.errors import DataInvalid
-from job.spec import Training
+from job.spec_sections import Training
 
 Indices = npt.NDArray[np.int64]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from job.errors import Conflict, Diverged
-from job.spec import JobSpec, Training
+from job.spec import JobSpec
+from job.spec_sections import Training
 from job.training import checkpoint
 from job.training.adapter import trained
 from job.training.checkpoint import State

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from job.errors import DataInvalid
-from job.spec import Training
+from job.spec_sections import Training
 from job.training.order import Order, micro_batches, share
 
 
