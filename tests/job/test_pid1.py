@@ -67,7 +67,7 @@ MOMENTS: dict[str, Callable[[Pod, Path], bool]] = {
 }
 
 
-TWO = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1), ("verify", 1))
+CHOSEN = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1))
 """Of the moments that take long these are tried on every change, all others in the full tier."""
 QUICK = ("the start", "prepare")
 
@@ -75,7 +75,7 @@ QUICK = ("the start", "prepare")
 @pytest.mark.parametrize(
     ("moment", "ranks"),
     [
-        pytest.param(moment, ranks, marks=() if moment in QUICK or (moment, ranks) in TWO else pytest.mark.full)
+        pytest.param(moment, ranks, marks=() if moment in QUICK or (moment, ranks) in CHOSEN else pytest.mark.full)
         for moment in MOMENTS
         for ranks in (1, 2)
     ],

@@ -170,8 +170,8 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
 @pytest.mark.parametrize(
     ("moment", "ranks"),
     [
-        pytest.param("pull", 1, marks=pytest.mark.full),
-        ("upload", 2),
+        ("pull", 1),
+        pytest.param("upload", 2, marks=pytest.mark.full),
         pytest.param("publish", 1, marks=pytest.mark.full),
     ],
 )
