@@ -47,6 +47,7 @@ def words_of(verb: str, spec: Path) -> list[str]:
     return {"list": ["list"], "doctor": ["doctor"]}.get(verb, [verb, str(spec)])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("role", ["viewer", "submitter", "scheduler"])
 @pytest.mark.parametrize("verb", READING)
 def test_every_role_reads_runs(kit: Kit, finished: Path, verb: str, role: str) -> None:
@@ -56,6 +57,7 @@ def test_every_role_reads_runs(kit: Kit, finished: Path, verb: str, role: str) -
     assert said.out.strip() or verb == "wait"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", [["doctor"], ["check", "DONE", "--cluster"], ["render", "DONE"]], ids=lambda w: w[0])
 def test_the_submitter_looks_at_the_cluster_before_it_submits(kit: Kit, finished: Path, words: list[str]) -> None:
     said = kit.cli(*(str(finished) if word == "DONE" else word for word in words))

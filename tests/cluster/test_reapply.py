@@ -62,6 +62,7 @@ def test_a_pending_run_is_applied_by_everybody_in_turn(kit: Kit, tmp_path: Path)
         assert door.delete(rendered.run)
 
 
+@pytest.mark.full
 def test_a_running_and_a_finished_run_are_applied_by_everybody_in_turn(kit: Kit, tmp_path: Path) -> None:
     spec = read(kit.spec("reapply-running", resources=AMOUNTS, training=LONG))
     with kit.python() as door:

@@ -63,6 +63,7 @@ def bounded(kit: Kit, kind: str, spec: str) -> Iterator[None]:
         kit.kubectl("delete", kind, "tight")
 
 
+@pytest.mark.full
 def test_an_image_that_cannot_be_pulled_ends_the_waiting(kit: Kit) -> None:
     profile = kit.profile_with("no-image", image="localhost/no-such-image:0")
     run = kit.cli("submit", str(kit.spec("no-image")), "-d", profile=profile).out.strip()
