@@ -51,7 +51,7 @@ class JobSpec(Section):
     data: Data = Field(examples=[{"train": "data/train.jsonl"}])
     """What is trained on, and what it is measured on."""
     method: Literal["lora", "qlora"] = "lora"
-    """`lora`: the base as it is. `qlora`: the base held in 4 bits."""
+    """`lora`: the base as it is. `qlora`: the base held in 4 or 8 bits."""
     lora: Lora = Lora()
     """The adapter."""
     quantization: Quantization | None = None

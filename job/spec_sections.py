@@ -49,7 +49,8 @@ class Source(Section):
     source: str = Field(alias="from", min_length=1, examples=["data/train.jsonl"])
     """File, or `s3://` object: .jsonl, .json, .csv, .tsv, .parquet or .txt (a row for each paragraph)."""
     weight: float = Field(1.0, gt=0, le=100)
-    """Expected copies of each row per epoch: 1 takes every row once, 0.5 half of them, 2 each twice."""
+    """Copies of each row per epoch: 1 takes every row once, 0.5 half of them, 2 each twice. An input comes to a whole
+    number of rows; one that comes to none is refused."""
 
 
 class Columns(Section):
@@ -147,7 +148,7 @@ class Lora(Section):
 
 
 class Quantization(Section):
-    """How QLoRA (arXiv:2305.14314) holds the frozen base: 4 bits a weight, by bitsandbytes."""
+    """How QLoRA (arXiv:2305.14314) holds the frozen base: 4 or 8 bits a weight, by bitsandbytes."""
 
     type: Literal["nf4", "fp4", "int8"] = "nf4"
     """Data type of a weight: 4 bits (nf4 suits normally distributed weights), or 8 (LLM.int8, arXiv:2208.07339)."""

@@ -6,6 +6,7 @@ or whose head is not plain falls back, and the run says so.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ class Kernel(Protocol):
         ...
 
 
-class _Layout:
+class _Layout(ABC):
     """What both layouts do with their logits or hidden states; a head of None is the model's own."""
 
     head: ChunkedHead | None
@@ -89,13 +90,13 @@ class _Layout:
             return scores_of(self.logits(model, batch), batch.targets)
         return self.head.scores(self.hidden(model, batch), batch.targets)
 
+    @abstractmethod
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits that predict trained tokens, ``[trained, vocabulary]``, by the model's own head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden(self, model: nn.Module, batch: Any) -> Tensor:
         """What the head is given at the positions that predict trained tokens, ``[trained, width]``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,6 @@ from job.training.order import Order
 from job.training.sharded import shard, shards
 from tests.job.made import made_rows, made_spec
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 """Llama 3.1 8B, as its config.json has it."""
 
 

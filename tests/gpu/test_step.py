@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from job.sizing.estimate import estimate
 from job.sizing.shapes import shapes_of
-from tests.gpu.fake import LLAMA_8B, gpu_spec, inside, loop_on_gpu, step
+from tests.gpu.fake import gpu_spec, inside, loop_on_gpu, step
 from tests.job.live import Live
+from tests.job.made import LLAMA_8B
 from tests.job.test_estimate import tensors_of
 
 TRAINING = {"batch_size": 4, "micro_batch_size": 2, "max_length": 1536, "max_steps": 3}

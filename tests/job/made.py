@@ -15,6 +15,20 @@ from job.training.adapter import add_adapter
 from job.training.device import Placement
 from job.training.model import load_base
 
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+"""What config.json of Llama 3.1 8B says of its sizes."""
+
 CPU = Placement(torch.device("cpu"), torch.float32, rank=0, world=1)
 
 

@@ -25,7 +25,7 @@ from job.training.order import Order
 from launcher.memory import room_of
 from launcher.profile import read as read_profile
 from tests.job.live import Live
-from tests.job.made import CPU, made_rows, made_spec
+from tests.job.made import CPU, LLAMA_8B, made_rows, made_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.15
@@ -40,16 +40,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GPT2_SIZES = {"n_embd": 256, "n_layer": 3, "n_head": 8, "vocab_size": 2000, "n_positions": 256}
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
