@@ -58,12 +58,13 @@ def test_lines_that_libraries_cannot_be_talked_out_of_are_left_out() -> None:
     assert (code, lines) == (0, ["kept"])
 
 
+# Whole lines at once: where Python does not buffer, `print` writes a line and its end one after the other.
 STUBBORN = """
-    import signal, subprocess, sys, time
+    import os, signal, subprocess, sys, time
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    grandchild = subprocess.Popen([sys.executable, "-c", "import signal, time; "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"])
-    print(grandchild.pid, flush=True)
+    grandchild = subprocess.Popen([sys.executable, "-c", "import os, signal, time; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'up\\n'); time.sleep(600)"])
+    os.write(1, b"%d\\n" % grandchild.pid)
     time.sleep(600)
 """
 

@@ -7,7 +7,7 @@ test_run.py and, for two ranks, in test_resume_killed.py.
 import json
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,22 @@ SECTIONS: dict[str, Any] = {
 
 
 @dataclass
+class Undisturbed:
+    """Runs that nothing cut off; they outlive the test that asked for them first."""
+
+    folder: Path
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What they said, by what they were asked."""
+
+
+@dataclass
 class Bench:
     """Trains on one rank in this process, on several by the server."""
 
     server: ranks.Ranks
     base: str
     folder: Path
-    undisturbed: dict[str, dict[str, Any]]
-    """What runs that nothing cut off said, by what they were asked."""
+    undisturbed: Undisturbed
 
     def train(self, world: int, sections: dict[str, Any], **more: Any) -> dict[str, Any]:
         """What all ranks say alike."""
@@ -49,11 +57,11 @@ class Bench:
     def straight(self, world: int, sections: dict[str, Any], kernel: str = "padding-free") -> dict[str, Any]:
         """A run that nothing cuts off, trained once for all tests; its adapter's file is under ``adapter``."""
         key = json.dumps([world, self.base, sections, kernel])
-        if key not in self.undisturbed:
-            file = str(self.folder / "straight.safetensors")
-            said = self.train(world, sections, kernel=kernel, adapter=file)
-            self.undisturbed[key] = said | {"adapter": file}
-        return self.undisturbed[key]
+        said = self.undisturbed.said
+        if key not in said:
+            file = str(self.undisturbed.folder / f"{len(said)}.safetensors")
+            said[key] = self.train(world, sections, kernel=kernel, adapter=file) | {"adapter": file}
+        return said[key]
 
     def cut(self, at: int, world: int, sections: dict[str, Any], **more: Any) -> tuple[dict[str, Any], str]:
         """Trains ``at`` steps and seals a checkpoint."""
@@ -62,12 +70,12 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[str, dict[str, Any]]:
-    return {}
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
-def bench(several: ranks.Ranks, tiny_llama: Path, tmp_path: Path, undisturbed: dict[str, dict[str, Any]]) -> Bench:
+def bench(several: ranks.Ranks, tiny_llama: Path, tmp_path: Path, undisturbed: Undisturbed) -> Bench:
     return Bench(several, str(tiny_llama), tmp_path, undisturbed)
 
 

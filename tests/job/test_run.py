@@ -191,22 +191,32 @@ def test_asked_to_leave_after_training_the_next_attempt_trains_nothing(straight:
 def test_a_budget_ends_the_run_with_a_checkpoint_and_is_kept_over_attempts(straight: Run, tmp_path: Path) -> None:
     run = same_but_elsewhere(straight, tmp_path)
     run.spec = tmp_path / "run.yaml"
-    text = straight.spec.read_text()
-    endless = text.replace("max_steps: 60", "max_steps: 100000")
-    run.spec.write_text(endless + "resources: {budget: 0.004}\n")
-    code, said = run.attempt()
+    endless = straight.spec.read_text().replace("max_steps: 60", "max_steps: 100000")
+    status, ledger = run.folder / "run/status.json", run.folder / "run/attempts"
+
+    def attempt_with(seconds: float) -> tuple[int, str]:
+        run.spec.write_text(f"{endless}resources: {{budget: {seconds / 3600:.6f}}}\n")  # no part of what is trained
+        return run.attempt()
+
+    run.spec.write_text(endless)
+    process = run.start()
+    wait_for((run.folder / "checkpoints/checkpoint-10/COMMIT.json").exists, process, "checkpoint of step 10")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    spent, committed = read_json(ledger / "000001.json")["seconds"], read_json(status)["committed"]
+
+    code, said = attempt_with(spent / 2)
     assert code == 94, said
     assert "resources.budget" in said
-    committed = read_json(run.folder / "run/status.json")["committed"]
-    assert committed > 0
-    code, said = run.attempt()
-    assert code == 94
-    assert read_json(run.folder / "run/attempts/000002.json")["seconds"] < 5
+    assert read_json(status)["committed"] == committed
+    assert "going on from" not in said  # nothing is begun that the budget does not allow
 
-    run.spec.write_text(endless + "resources: {budget: 0.012}\n")  # the budget is no part of what is trained
-    code, said = run.attempt()
-    assert code == 94
+    # What took `spent` seconds until ten steps were committed has time for that twice, however busy the machine is.
+    code, said = attempt_with(spent + read_json(ledger / "000002.json")["seconds"] + 2 * spent)
+    assert code == 94, said
     assert f"going on from the checkpoint of step {committed}" in said
+    assert read_json(status)["committed"] > committed
+    assert f"checkpoint is of step {read_json(status)['committed']}" in said
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(straight: Run, tmp_path: Path) -> None:
