@@ -55,15 +55,39 @@ def prepare_into(folder: Path, spec: JobSpec, inputs: Inputs) -> dict[str, Any]:
     """
     tokenizer, limits = open_tokenizer(inputs.model, spec)
     template = chat.choose(spec.data.chat_template, tokenizer)
-    if spec.lora.target_modules != "all-linear" or spec.lora.modules_to_save:
-        from job.training.model import (
-            check_targets,  # torch and peft take seconds to import, and most specs name no layer
-        )
+    if _asks_much_of_the_model(spec):
+        # torch and peft take seconds to import, and most specs need no look at the model.
+        from job.training.adapter import foreseen
+        from job.training.model import check_targets
+        from job.training.new_tokens import Tokens
 
         check_targets(inputs.model.path, spec)
+        foreseen(inputs.model.path, spec, Tokens.of(spec, _tokens(spec, tokenizer)))
     pass_ = Pass(spec, inputs, template, tokenizer, limits, folder)
     pass_.run()
     return pass_.write()
+
+
+def _asks_much_of_the_model(spec: JobSpec) -> bool:
+    """Whether some models cannot do what is asked; any can be adapted in all its linear layers."""
+    lora = spec.lora
+    names = lora.target_modules != "all-linear" or lora.modules_to_save or lora.new_tokens
+    return bool(
+        names
+        or lora.rank_pattern
+        or lora.alpha_pattern
+        or lora.init in ("pissa", "olora")
+        or spec.quantized is not None
+        or spec.output.serve_with is not None
+    )
+
+
+def _tokens(spec: JobSpec, tokenizer: Any) -> dict[str, Any]:
+    """What the worker must know of the vocabulary: tokens in all, and the ids of new ones."""
+    return {
+        "vocabulary": len(tokenizer),
+        "new_tokens": tokenizer.convert_tokens_to_ids(list(spec.lora.new_tokens)),
+    }
 
 
 class Pass:
@@ -201,8 +225,7 @@ class Pass:
             "template": report["template"],
             "masks": report["train"]["masks"],
             "no_eval": report["no_eval"],
-            "vocabulary": len(self.tokenizer),
-            "new_tokens": self.tokenizer.convert_tokens_to_ids(list(self.spec.lora.new_tokens)),
+            **_tokens(self.spec, self.tokenizer),
         }
 
 

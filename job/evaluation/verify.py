@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from job.child import setup_child
 from job.data.prepared import INFO
@@ -26,6 +26,7 @@ from job.inputs import read_inputs
 from job.layout import ADAPTER_BIN, ADAPTER_CONFIG, ADAPTER_SAFETENSORS
 from job.outcome import record
 from job.spec import JobSpec, read
+from job.training.adapter import train_in_float32
 from job.training.device import Placement, place
 from job.training.failures import as_torch_failure
 from job.training.memory import available_bytes
@@ -61,8 +62,7 @@ def run(workdir: WorkDir) -> ExitCode:
     base = load_base(model_folder, spec, placement)
     if (tokens := Tokens.of(spec, read_json(workdir.prepared / INFO))) is not None:
         make_room(base, tokens.vocabulary)
-    model = PeftModel.from_pretrained(base, str(workdir.adapter))
-    check_loaded(model, found)
+    model = loaded(base, workdir.adapter, found)
     figures = compare_logits(model, load_file(workdir.probe), placement, is_exact=_is_exact(spec, placement))
     write_json(workdir.verification, {"level": "logits", "tensors": len(found)} | figures)
     return ExitCode.OK
@@ -111,6 +111,22 @@ def _check_tensor(name: str, tensor: Tensor, weights: dict[str, Tensor], rank: i
 def _check_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     if one.keys() != other.keys() or any(not torch.equal(one[name], other[name]) for name in one):
         raise IntegrityFailure(f"{ADAPTER_SAFETENSORS} and {ADAPTER_BIN} hold different tensors")
+
+
+def loaded(base: nn.Module, folder: Path, weights: dict[str, Tensor]) -> PeftModel:
+    """The sealed adapter on its base, loaded by stock PEFT and read back.
+
+    Stock PEFT rounds saved modules and biases to the base's type. Seen to be right up to that, they get the values
+    that were trained, so that logits can be compared to the last bit.
+
+    Raises:
+        IntegrityFailure: stock PEFT loads something else than the adapter holds.
+    """
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    check_loaded(model, weights)
+    train_in_float32(model)
+    set_peft_model_state_dict(model, weights)
+    return model
 
 
 def check_loaded(model: PeftModel, weights: dict[str, Tensor]) -> None:

@@ -1,16 +1,14 @@
 """The adapter on a base: putting it there, saving it, loading it. peft does the work.
 
-The base itself is never changed. Inits that begin with parts of the base's weights (PiSSA, OLoRA) are trained as
-W + s (B A - B0 A0), the first values standing beside the adapter as a second, fixed one; saved, both are one adapter of
-twice the rank, [B, -B0] [A; A0]. So a checkpoint and the published adapter fit the untouched base, and resuming needs
-no decomposition that another machine would compute differently.
+The base itself is never changed, also by inits that begin with parts of its weights (first_values.py). So a checkpoint
+and the published adapter fit the untouched base, and resuming needs no decomposition that another machine would compute
+differently.
 """
 
 import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,17 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from job import serving
 from job.errors import IntegrityFailure, SpecInvalid
 from job.sizing import parts
 from job.spec import JobSpec
 from job.training.device import Placement
+from job.training.first_values import NAME, begin, begun, joined, parted, require_ranks, takes_parts
 from job.training.model import empty, recompute
 from job.training.new_tokens import Tokens, make_room, rows_of
-
-NAME = "default"
-FIRST = "first"
-"""The fixed adapter that takes the first values away again."""
-
-_FULL = 1024
-"""Smallest side of a matrix up to which it is decomposed whole; above, its greatest singular values are looked for."""
 
 
 def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement, tokens: Tokens | None = None) -> PeftModel:
@@ -49,6 +41,17 @@ def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement, tokens: To
     """
     torch.manual_seed(spec.training.seed)
     model = wrapped(base, spec, tokens)
+    train_in_float32(model)
+    if takes_parts(spec):
+        begin(model, spec.lora.init)
+    if spec.lora.use_dora:
+        _measure(model)
+    recompute(model.get_base_model(), spec.training.gradient_checkpointing, placement)
+    return model
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """What trains is held in float32, whatever the base is: steps of Adam are too small for 16 bits."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -56,11 +59,28 @@ def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement, tokens: To
         # A norm whose bias trains in float32 needs a weight of the same type.
         if isinstance(module, nn.LayerNorm) and module.bias is not None and module.bias.requires_grad:
             module.weight.data = module.weight.data.float()
-    if spec.lora.init in ("pissa", "olora"):
-        for layer in _layers(model):
-            _begin(layer, *_parts(layer, spec.lora.init))
-    recompute(model.get_base_model(), spec.training.gradient_checkpointing, placement)
-    return model
+
+
+@torch.no_grad()
+def _measure(model: PeftModel) -> None:
+    """DoRA's magnitudes (arXiv:2402.09353, eq. 5) in float32; those that peft takes are rounded to the base's type.
+
+    Raises:
+        SpecInvalid: a row of zeros has no direction.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or NAME not in layer.lora_magnitude_vector:
+            continue
+        dora: Any = layer.lora_magnitude_vector[NAME]
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        weight = dequantize_module_weight(layer.get_base_layer()).to(b.device).float()
+        norms = dora.get_weight_norm(weight, b @ a, layer.scaling[NAME])
+        if not bool((norms > 0).all()):
+            raise SpecInvalid(
+                f"lora.use_dora: {name.removeprefix('base_model.model.')} has a row of zeros, and DoRA divides by each "
+                "row's length; leave the layer out of lora.target_modules, or leave use_dora out"
+            )
+        dora.weight.data = norms.to(dora.weight.device)
 
 
 def wrapped(base: nn.Module, spec: JobSpec, tokens: Tokens | None = None) -> PeftModel:
@@ -74,11 +94,13 @@ def wrapped(base: nn.Module, spec: JobSpec, tokens: Tokens | None = None) -> Pef
     config = _config(base, spec, tokens)
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         raise SpecInvalid(
             f"lora.target_modules: PEFT cannot adapt these layers of {spec.model.name} ({words})"
         ) from error
+    if takes_parts(spec):
+        require_ranks(model, spec.lora.init)
     config.base_model_name_or_path = spec.model.name
     config.revision = spec.model.revision
     return model
@@ -99,7 +121,8 @@ def foreseen(folder: Path, spec: JobSpec, tokens: Tokens | None = None) -> dict[
     with init_empty_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft says the same when the real model is wrapped
         adapted = wrapped(model, spec, tokens)
-    serving.check(_published(adapted).to_dict(), spec)
+    layers = [(part.r[NAME], part.scaling[NAME]) for part in adapted.modules() if isinstance(part, LoraLayer)]
+    serving.check(adapted.peft_config[NAME].to_dict(), spec, layers)
     return parts.with_trained(found, adapted)
 
 
@@ -107,21 +130,22 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
     wanted = spec.lora
     if wanted.init == "orthogonal" and any(rank % 2 for rank in (wanted.r, *wanted.rank_pattern.values())):
         raise SpecInvalid("lora.init: orthogonal needs even ranks; change lora.r or lora.rank_pattern")
-    names = parts.linear(base)
+    targets = _targets(base, spec)
+    names = [name for name in parts.linear(base) if _means(targets, name)]
     for key, pattern in (("rank_pattern", wanted.rank_pattern), ("alpha_pattern", wanted.alpha_pattern)):
         _refuse_idle(key, pattern, names)
     return LoraConfig(
         r=wanted.r,
         lora_alpha=_plain(wanted.alpha),
         lora_dropout=wanted.dropout,
-        target_modules=_targets(base, spec),
+        target_modules=targets,
         init_lora_weights=wanted.init if wanted.init in ("gaussian", "orthogonal") else True,
         use_rslora=wanted.use_rslora,
         use_dora=wanted.use_dora,
         rank_pattern=dict(wanted.rank_pattern),
         alpha_pattern={name: _plain(alpha) for name, alpha in wanted.alpha_pattern.items()},
         bias=wanted.bias,
-        modules_to_save=list(wanted.modules_to_save) or None,
+        modules_to_save=_saved(base, spec) or None,
         trainable_token_indices=rows_of(base, spec, tokens),
         task_type="CAUSAL_LM",
     )
@@ -148,6 +172,31 @@ def _targets(base: Any, spec: JobSpec) -> list[str]:
     return names
 
 
+def _saved(base: nn.Module, spec: JobSpec) -> list[str]:
+    """Names of the modules that train whole.
+
+    peft takes every module whose name ends in one of these letters, `norm` for `input_layernorm` as well: there the
+    modules that are meant are named in full.
+    """
+    held: set[str] = parts.quantizable(base) if spec.quantized is not None else set()
+    found: list[str] = []
+    for wanted in spec.lora.modules_to_save:
+        meant = [name for name, _ in base.named_modules() if _means([wanted], name)]
+        inside = next((one for one in held for name in meant if one == name or one.startswith(f"{name}.")), None)
+        if inside is not None:
+            raise SpecInvalid(
+                f"lora.modules_to_save: {wanted}: qlora holds {inside} in few bits, in which it cannot train; leave "
+                "it out, or use method: lora"
+            )
+        taken = [name for name, _ in base.named_modules() if name.endswith(wanted)]
+        found += [wanted] if taken == meant else meant
+    return found
+
+
+def _means(wanted: list[str], name: str) -> bool:
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
 def _plain(alpha: float) -> Any:
     """A whole number as such: some servers read nothing else."""
     return int(alpha) if float(alpha).is_integer() else alpha
@@ -161,57 +210,7 @@ def _refuse_idle(key: str, pattern: dict[str, Any], names: list[str]) -> None:
             raise SpecInvalid(f"lora.{key}: {one!r} is no regular expression ({error})") from None
         if not found:
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names} - {""}))
-            raise SpecInvalid(f"lora.{key}: {one!r} matches no linear layer of this model; they end in {endings}")
-
-
-# First values that are parts of the base
-
-
-def _layers(model: PeftModel) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
-
-
-@torch.no_grad()
-def _parts(layer: Any, init: str) -> tuple[Tensor, Tensor]:
-    """A ``[rank, in]`` and B ``[out, rank]`` such that scale * B A is a part of the layer's weight.
-
-    PiSSA takes the greatest singular values (arXiv:2404.02948, eq. 2 and 3), OLoRA the first columns of a QR
-    decomposition (arXiv:2406.01775).
-    """
-    base = layer.get_base_layer()
-    weight = (base.weight.t() if isinstance(base, Conv1D) else base.weight).float()
-    rank = layer.r[NAME]
-    if rank > min(weight.shape):
-        raise SpecInvalid(f"lora.init: {init} takes {rank} directions of a matrix of {min(weight.shape)}; lower lora.r")
-    if init == "olora":
-        q, r = torch.linalg.qr(weight)
-        return r[:rank].contiguous(), q[:, :rank].contiguous()
-    if min(weight.shape) <= _FULL:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        u, s, v = torch.svd_lowrank(weight, q=min(rank + 16, min(weight.shape)), niter=4)
-        vh = v.t()
-    root = (s[:rank] / layer.scaling[NAME]).sqrt()
-    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
-
-
-@torch.no_grad()
-def _begin(layer: Any, a: Tensor, b: Tensor) -> None:
-    """Has a layer's adapter begin with B A, and a fixed one beside it take B A away."""
-    layer.lora_A[NAME].weight.copy_(a)
-    layer.lora_B[NAME].weight.copy_(b)
-    rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
-    plain = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=layer.use_rslora[NAME], init_lora_weights=False)
-    layer.update_layer(FIRST, rank, alpha, config=plain)
-    for part, values in ((layer.lora_A[FIRST], a), (layer.lora_B[FIRST], -b)):
-        # A buffer is what peft cannot switch to trainable, and what no optimizer or shard takes for a weight.
-        del part.weight
-        part.register_buffer("weight", values.clone(), persistent=False)
-    layer.set_adapter([NAME, FIRST])
-
-
-def _begun(model: PeftModel) -> bool:
-    return any(FIRST in layer.lora_A for layer in _layers(model))
+            raise SpecInvalid(f"lora.{key}: {one!r} matches no layer that is adapted; they end in {endings}")
 
 
 # Saving and loading
@@ -224,7 +223,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_adapter(model: PeftModel, folder: Path, formats: str) -> None:
     """Writes adapter_config.json and the weights as `safetensors`, `bin` or `both`; they fit the untouched base."""
-    state, config = _joined(model) if _begun(model) else None, model.peft_config[NAME]
+    state, config = joined(model) if begun(model) else None, model.peft_config[NAME]
     model.peft_config[NAME] = _published(model)
     try:
         for safe in {"safetensors": (True,), "bin": (False,), "both": (True, False)}[formats]:
@@ -234,21 +233,10 @@ def save_adapter(model: PeftModel, folder: Path, formats: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run's own card comes with the result
 
 
-def _joined(model: PeftModel) -> dict[str, Tensor]:
-    """The model's state with [A; A0] and [B, -B0] in the places of A and B."""
-    state: dict[str, Tensor] = dict(model.state_dict())
-    for name, first in model.named_buffers():
-        if name.endswith(f".{FIRST}.weight"):
-            name = name.replace(f".{FIRST}.weight", f".{NAME}.weight")
-            now = state[name]
-            state[name] = torch.cat([now.float(), first.to(now.device)], dim=0 if ".lora_A." in name else 1)
-    return state
-
-
 def _published(model: PeftModel) -> Any:
     """The config of the saved adapter; joined with its first values it has twice the rank at the same scale."""
     config: Any = model.peft_config[NAME]
-    if not _begun(model):
+    if not begun(model):
         return config
     double = copy.deepcopy(config)
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -266,36 +254,15 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         IntegrityFailure: the checkpoint has other tensors than this adapter.
     """
     weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    if _begun(model):
-        weights = _parted(model, weights, folder)
+    if begun(model):
+        weights = parted(model, weights, folder)
     found = set_peft_model_state_dict(model, weights)
-    lost = [
-        key
-        for key in found.missing_keys
-        if f".{FIRST}." not in key and ("lora_" in key or "modules_to_save" in key or "trainable_tokens_delta" in key)
-    ]
-    if lost or found.unexpected_keys:
+    own = trained(model)  # each tensor once: of tied embeddings and head one name of the two is missing
+    lost = [key for key in found.missing_keys if key in own]
+    # The bias of a saved module is in the file twice where biases train too, once by a name that nobody loads.
+    unknown = [key for key in found.unexpected_keys if ".modules_to_save." not in key]
+    if lost or unknown:
         raise IntegrityFailure(
             f"checkpoint {folder.name}: its adapter is not this run's ({len(lost)} tensors missing, "
-            f"{len(found.unexpected_keys)} unknown)"
+            f"{len(unknown)} unknown)"
         )
-
-
-@torch.no_grad()
-def _parted(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights without the first values, which go to their own place in the model."""
-    places: dict[str, nn.Module] = dict(model.named_modules())
-    own = {}
-    for name, tensor in weights.items():
-        part = next((part for part in (".lora_A.", ".lora_B.") if part in name), None)
-        if part is None:
-            own[name] = tensor
-            continue
-        place: Any = places.get(name.removesuffix(".weight") + f".{FIRST}")
-        dim = 0 if part == ".lora_A." else 1
-        if place is None or tensor.shape[dim] != 2 * place.weight.shape[dim]:
-            raise IntegrityFailure(f"checkpoint {folder.name}: {name} is not of this run's rank")
-        mine, first = tensor.chunk(2, dim)
-        own[name] = mine.contiguous()
-        place.weight.copy_(first)
-    return own

@@ -41,16 +41,20 @@ def rows_of(base: Any, spec: JobSpec, tokens: Tokens | None) -> dict[str, list[i
     if tokens is None or not tokens.ids:
         raise InternalError("lora.new_tokens: nobody said which ids they have")
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    parts = [embedding]
-    if head is not None and head.weight is not embedding.weight and not base.config.tie_word_embeddings:
-        parts.append(head)
-    names = [next(name for name, module in base.named_modules() if module is part) for part in parts]
+    both = [embedding] if head is None else [embedding, head]
+    names = [next(name for name, module in base.named_modules() if module is part) for part in both]
     endings = [name.rsplit(".", 1)[-1] for name in names]
-    twice = [ending for ending in endings if ending in {name.rsplit(".", 1)[-1] for name in spec.lora.modules_to_save}]
-    if twice:
-        raise SpecInvalid(
-            f"lora.new_tokens: {twice[0]} is among lora.modules_to_save and trains whole; leave it out there"
-        )
-    if len(parts) == 2 and head.bias is not None:  # peft's layer for trained rows forgets it
+    # Tied, the head trains along with the rows of the embeddings, and neither can be anything else beside that.
+    for key, wanted in (("modules_to_save", spec.lora.modules_to_save), ("target_modules", spec.lora.target_modules)):
+        given = () if isinstance(wanted, str) else wanted
+        twice = [ending for ending in endings if ending in {name.rsplit(".", 1)[-1] for name in given}]
+        if twice:
+            raise SpecInvalid(
+                f"lora.new_tokens: {twice[0]} is among lora.{key} and cannot have rows that train apart; "
+                "leave it out there"
+            )
+    if head is None or head.weight is embedding.weight or base.config.tie_word_embeddings:
+        endings = endings[:1]
+    elif head.bias is not None:  # peft's layer for trained rows forgets it
         raise SpecInvalid("lora.new_tokens: this model's output head has a bias; use lora.modules_to_save instead")
     return {ending: list(tokens.ids) for ending in endings}

@@ -41,17 +41,23 @@ def test_a_run_trains_and_its_adapter_is_verified_in_stock_peft(  # T21, T33, T4
 
 
 @pytest.mark.parametrize(
-    "sections",
-    [{"lora": {"init": "pissa"}}, {"lora": {"new_tokens": ["<tool>"], "use_dora": True}, "method": "qlora"}],
-    ids=["PiSSA", "DoRA, new tokens, nf4"],
+    ("base", "sections"),
+    [
+        ("tiny_llama", {"lora": {"init": "pissa"}}),
+        ("tiny_llama", {"lora": {"new_tokens": ["<tool>"], "use_dora": True}, "method": "qlora"}),
+        ("tiny_qwen", {"lora": {"new_tokens": ["<tool>"]}, "evaluation": {"every_steps": 2, "publish": "best"}}),
+    ],
+    ids=["PiSSA", "DoRA, new tokens, nf4", "new tokens, tied"],
 )
-def test_a_resumed_run_publishes_the_same_bytes(  # T22, T47
-    sections: dict[str, Any], tmp_path: Path, tiny_llama: Path
+def test_a_resumed_run_publishes_the_same_bytes(  # T22, T33, T47
+    base: str, sections: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    folder = request.getfixturevalue(base)
+
     def lived(name: str) -> WorkDir:
         root = tmp_path / name
         root.mkdir()
-        workdir = made_workdir(root, tiny_llama, training=TRAINING, **sections)
+        workdir = made_workdir(root, folder, training=TRAINING, **sections)
         assert work(workdir) == ExitCode.OK
         return workdir
 

@@ -411,6 +411,19 @@ def test_a_folder_that_is_no_model_is_refused(run: Run, tiny_llama: Path, tmp_pa
     assert "the tokenizer of tiny cannot be loaded" in refused(run(toy_rows(3), model=model), ExitCode.CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"init": "pissa", "r": 100}, "100 directions of a matrix of 64"),
+        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no layer that is adapted"),
+        ({"new_tokens": ["<x>"], "target_modules": ["q_proj", "lm_head"]}, "lm_head is among lora.target_modules"),
+        ({"modules_to_save": ["nrom"]}, "nrom matches nothing in this model"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_with_the_data(run: Run, lora: dict[str, Any], words: str) -> None:  # T48
+    assert words in refused(run(toy_rows(8), lora=lora), ExitCode.CONFIG)
+
+
 def test_an_earlier_result_is_replaced_whole(run: Run) -> None:
     workdir = run(toy_rows(3), eval_split=0.5)
     (workdir.prepared / "stale").write_text("x", encoding="utf-8")
