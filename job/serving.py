@@ -5,8 +5,9 @@ From the sources of vLLM (``lora/peft_helper.py``, ``lora/utils.py``, ``config/l
 nothing and goes on without, which is worse than a refusal.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from job.errors import SpecInvalid
@@ -170,17 +171,28 @@ def refusals_of(spec: JobSpec) -> Iterator[str]:
     return refusals(published(spec), spec.output.serve_with)
 
 
-def check(config: Mapping[str, Any], spec: JobSpec) -> None:
+def check(config: Mapping[str, Any], spec: JobSpec, layers: Iterable[tuple[int, float]]) -> None:
     """Refuses an adapter that ``output.serve_with`` cannot serve, once the model's layers are known.
 
     Args:
-        config: what adapter_config.json will say.
+        config: of the adapter that trains.
+        layers: rank and scale of each layer that is adapted. Only peft knows them: of rank_pattern and of alpha_pattern
+            it takes the first that fits a layer's name, each for itself.
 
     Raises:
         SpecInvalid: every reason, a line each.
     """
-    server = spec.output.serve_with
-    found = refusals(of_config(config, spec.output.adapter_format != "bin"), server)
+    server, pairs = spec.output.serve_with, list(layers)
+    adapter = of_config(config, spec.output.adapter_format != "bin")
+    factor = _published_ranks(spec)
+    # Servers take rank and scale from r and lora_alpha, also where patterns leave no layer with them.
+    ranks = {factor * rank for rank in (config["r"], *(rank for rank, _ in pairs))}
+    scales = {
+        _scale(config["r"], config["lora_alpha"], bool(config.get("use_rslora"))),
+        *(round(scale, 12) for _, scale in pairs),
+    }
+    known = replace(adapter, rank=max(ranks), ranks=frozenset(ranks), scales=frozenset(scales))
+    found = refusals(known, server)
     if lines := [f"output.serve_with: {server} cannot serve this adapter: {line}" for line in found]:
         raise SpecInvalid("\n".join(lines))
 
@@ -188,12 +200,12 @@ def check(config: Mapping[str, Any], spec: JobSpec) -> None:
 def published(spec: JobSpec) -> Adapter:
     """The adapter that a spec will publish, as far as the spec alone says."""
     lora = spec.lora
-    double = 2 if lora.init in ("pissa", "olora") else 1
+    factor = _published_ranks(spec)
     ranks = [lora.r, *lora.rank_pattern.values()]
     return Adapter(
-        rank=double * max(ranks),
+        rank=factor * max(ranks),
         scales=_scales(lora.r, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.use_rslora),
-        ranks=frozenset(double * rank for rank in ranks),
+        ranks=frozenset(factor * rank for rank in ranks),
         use_dora=lora.use_dora,
         bias=lora.bias,
         modules_to_save=lora.modules_to_save,
@@ -225,8 +237,16 @@ def of_config(config: Mapping[str, Any], safetensors: bool = True) -> Adapter:
 def _scales(
     rank: int, alpha: float, ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool
 ) -> frozenset[float]:
-    """The scales that layers may have; a pattern of one kind meets the other kind's of the same name."""
-    power = 0.5 if use_rslora else 1.0
+    """The scales that layers may have, as far as patterns say: one of ranks meets the one of alphas written alike."""
     names = ranks.keys() | alphas.keys()
     pairs = [(rank, alpha), *((ranks.get(name, rank), alphas.get(name, alpha)) for name in names)]
-    return frozenset(round(one / size**power, 12) for size, one in pairs)
+    return frozenset(_scale(size, one, use_rslora) for size, one in pairs)
+
+
+def _scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    return round(alpha / (math.sqrt(rank) if use_rslora else rank), 12)
+
+
+def _published_ranks(spec: JobSpec) -> int:
+    """How many times the rank that trains is published: the first values of some kinds go with it."""
+    return 2 if spec.lora.init in ("pissa", "olora") else 1

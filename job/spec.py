@@ -7,7 +7,7 @@ default spelled out, so that a later release cannot change what an old run meant
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -73,12 +73,9 @@ class JobSpec(Section):
 
     @field_validator("lora")
     @classmethod
-    def _no_parts_of_a_quantised_base(cls, value: Lora, info: ValidationInfo) -> Lora:
-        if value.init in ("pissa", "olora") and info.data.get("method") == "qlora":
-            raise ValueError(
-                f"init: {value.init} begins with parts of weights that method: qlora does not keep; "
-                "use default, or method: lora"
-            )
+    def _fits_a_quantised_base(cls, value: Lora, info: ValidationInfo) -> Lora:
+        if info.data.get("method") == "qlora" and (found := list(_not_on_a_quantised_base(value))):
+            raise ValueError("; and ".join(found))
         return value
 
     @field_validator("quantization")
@@ -86,6 +83,12 @@ class JobSpec(Section):
     def _quantization_needs_qlora(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
         if value is not None and info.data.get("method") == "lora":
             raise ValueError("only with method: qlora; change the method, or remove this block")
+        lora = info.data.get("lora")
+        if value is not None and value.type == "int8" and lora is not None and lora.use_dora:
+            raise ValueError(
+                "type: int8 cannot go with lora.use_dora, whose norms PEFT cannot take of weights in int8 while they "
+                "train; use nf4 or fp4, or leave lora.use_dora out"
+            )
         return value
 
     @field_validator("training")
@@ -205,6 +208,25 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
         return {path: shown(value)}
     prefix = f"{path}." if path else ""
     return {leaf: text for key, item in items for leaf, text in _leaves(item, f"{prefix}{key}").items()}
+
+
+def _not_on_a_quantised_base(lora: Lora) -> Iterator[str]:
+    """What an adapter asks for that a base held in few bits has not."""
+    if lora.init in ("pissa", "olora"):
+        yield (
+            f"init: {lora.init} begins with parts of weights that method: qlora does not keep; "
+            "use default, or method: lora"
+        )
+    if lora.init == "orthogonal":
+        yield (
+            "init: orthogonal cannot go with method: qlora (PEFT would give the adapter the integer type of the base's "
+            "weights); use default or gaussian, or method: lora"
+        )
+    if lora.bias != "none":
+        yield (
+            f"bias: {lora.bias} cannot go with method: qlora (bitsandbytes turns biases into the type of its input, 16 "
+            "bits on a GPU, and they would train in that); leave bias out, or use method: lora"
+        )
 
 
 def _expanded(path: strict_yaml.Path, value: Any) -> Any:

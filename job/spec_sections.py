@@ -123,15 +123,16 @@ class Lora(Section):
     """Scale by alpha / sqrt(r) instead of alpha / r (rsLoRA, arXiv:2312.03732)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias vectors are trained besides. With other than `none` the base without the adapter is no longer the
-    untouched base; some servers refuse such adapters."""
+    untouched base; some servers refuse such adapters. Not on a quantised base."""
     modules_to_save: Names = ()
     """Whole modules trained and saved besides the adapter (for instance a classification head)."""
     use_dora: bool = False
-    """Train magnitude and direction apart (DoRA, arXiv:2402.09353): often better at small ranks, and slower."""
+    """Train magnitude and direction apart (DoRA, arXiv:2402.09353): often better at small ranks, and slower. Not with
+    `quantization.type: int8`."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
     """First values of the adapter. `default`, `gaussian` and `orthogonal` begin with no effect. `pissa`
     (arXiv:2404.02948) and `olora` (arXiv:2406.01775) begin with parts of the base weights; the published adapter is
-    converted to fit the untouched base, at twice the rank. Not on a quantised base."""
+    converted to fit the untouched base, at twice the rank. A quantised base takes `default` and `gaussian` only."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field({})
     """Ranks of single layers, by the ending of their name or a regular expression, for instance `{down_proj: 32}`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})

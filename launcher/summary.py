@@ -3,29 +3,11 @@
 import textwrap
 from collections.abc import Iterable
 
+from job.loading import loading_code
 from launcher.figures import measured
 from launcher.results import Results
 
 MIB = 1 << 20
-
-_LOAD = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({model!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-model = PeftModel.from_pretrained(base, {folder!r})"""
-
-_LOAD_4BIT = """\
-import json
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-with open({folder!r} + "/quantization_config.json") as file:
-    quantization = BitsAndBytesConfig.from_dict(json.load(file))
-base = AutoModelForCausalLM.from_pretrained({model!r}, quantization_config=quantization, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-model = PeftModel.from_pretrained(base, {folder!r})"""
 
 
 def summary(results: Results) -> str:
@@ -148,8 +130,8 @@ def verified(results: Results) -> str:
 
 def loading(results: Results) -> str:
     """Python that loads base and adapter."""
-    template = _LOAD_4BIT if results["method"] == "qlora" else _LOAD
-    return template.format(model=str(results["model"] or "BASE MODEL"), folder=folder(results))
+    model = str(results["model"] or "BASE MODEL")
+    return loading_code(model, folder(results), results["method"] == "qlora", bool(results["new_tokens"]))
 
 
 def is_remote(results: Results) -> bool:

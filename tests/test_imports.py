@@ -33,6 +33,7 @@ AGREEMENT = {
     "job.strict_yaml",
     "job.exits",
     "job.layout",
+    "job.loading",
     "job.status",
     "job.errors",
     "job.sizing.fits",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from job.loading import loading_code
 from job.spec import JobSpec
 
 _FIGURES = {
@@ -42,6 +43,7 @@ def eval_results(
         "run": run,
         "method": spec.method,
         "model": spec.model.name,
+        "new_tokens": list(spec.lora.new_tokens),
         "evaluation": dict(evaluation),
         "data": dict(data),
         "verification": dict(verification),
@@ -58,6 +60,7 @@ def model_card(run: str, spec: JobSpec, results: Mapping[str, Any]) -> str:
     """README.md of the adapter: what it is, what it scored, how it is loaded."""
     quantized = ["- qlora"] if spec.method == "qlora" else []
     head = ["---", f"base_model: {spec.model.name}", "library_name: peft", "tags:", "- lora", *quantized, "---"]
+    loading = loading_code(spec.model.name, "PATH/OF/THIS/FOLDER", spec.method == "qlora", bool(spec.lora.new_tokens))
     body = [
         f"# {spec.name}",
         f"A {'QLoRA' if spec.method == 'qlora' else 'LoRA'} adapter for `{spec.model.name}` "
@@ -65,7 +68,7 @@ def model_card(run: str, spec: JobSpec, results: Mapping[str, Any]) -> str:
         "## Evaluation",
         *_evaluation_lines(results["evaluation"]),
         "## Loading it",
-        loading_lines(spec, "PATH/OF/THIS/FOLDER"),
+        f"```python\n{loading}\n```",
         "`training_config.yaml` reproduces the run; `run/manifest.json` lists every file with size and SHA-256.",
     ]
     return "\n".join(head) + "\n\n" + "\n\n".join(body) + "\n"
@@ -95,21 +98,3 @@ def _published(evaluation: Mapping[str, Any]) -> str:
     if best is not None and best["step"] == step:
         text += f", the one of the lowest evaluation loss on the way ({best['loss']:.4f})"
     return text + (f"; stopped early, {early['planned_steps']} steps were planned." if early else ".")
-
-
-def loading_lines(spec: JobSpec, folder: str) -> str:
-    """Python that loads the adapter, as a Markdown block."""
-    lines = ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if spec.method == "qlora":
-        lines[-1] += ", BitsAndBytesConfig"
-        lines += ["import json", f'quantization = json.load(open("{folder}/quantization_config.json"))']
-        extra = ", quantization_config=BitsAndBytesConfig.from_dict(quantization)"
-    else:
-        extra = ""
-    lines += [
-        f'base = AutoModelForCausalLM.from_pretrained("{spec.model.name}"{extra})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        f'model = PeftModel.from_pretrained(base, "{folder}")',
-        "```",
-    ]
-    return "\n".join(lines)

@@ -104,6 +104,48 @@ def test_all_linear_passes_where_its_layers_are_those_the_server_knows(tiny_llam
         foreseen(tiny_llama, made_spec(output={"serve_with": server}))
 
 
+FIRST_THAT_FITS = {"r": 16, "alpha": 32, "rank_pattern": {"q_proj": 8, "layers.0.self_attn.q_proj": 4}}
+
+
+@pytest.mark.parametrize(
+    ("server", "lora", "words"),
+    [
+        # Every name has alpha / r = 2 by itself; layer 0 takes rank 8 of the one and alpha 8 of the other.
+        (
+            "vllm",
+            FIRST_THAT_FITS | {"alpha_pattern": {"layers.0.self_attn.q_proj": 8, "q_proj": 16}},
+            "one scale",
+        ),
+        ("vllm", FIRST_THAT_FITS | {"alpha_pattern": {"q_proj": 16, "layers.0.self_attn.q_proj": 8}}, None),
+        ("tgi", FIRST_THAT_FITS | {"alpha_pattern": {"q_proj": 16, "layers.0.self_attn.q_proj": 8}}, "ranks must not"),
+        # No layer is left with the alpha and the rank that the server reads.
+        ("vllm", {"r": 8, "alpha": 8, "target_modules": ["q_proj"], "alpha_pattern": {".*": 32}}, "one scale"),
+        ("vllm", {"r": 8, "alpha": 8, "use_rslora": True, "init": "pissa"}, None),
+        ("vllm", {"r": 8, "rank_pattern": {"down_proj": 32}, "alpha_pattern": {"down_proj": 32}, "alpha": 8}, None),
+        ("vllm", {"r": 8, "alpha": 8, "use_rslora": True, "alpha_pattern": {".*": 16}}, "one scale"),
+    ],
+    ids=["other order", "one order", "ranks", "r and alpha of no layer", "PiSSA", "one ratio", "rsLoRA"],
+)
+def test_patterns_are_taken_as_peft_takes_them_once_the_layers_are_known(
+    server: str, lora: dict[str, Any], words: str | None, tiny_llama: Path
+) -> None:
+    spec = made_spec(lora=lora, output={"serve_with": server})
+    if words is None:
+        foreseen(tiny_llama, spec)
+    else:
+        with pytest.raises(SpecInvalid, match=words):
+            foreseen(tiny_llama, spec)
+
+
+def test_the_published_rank_is_what_the_server_must_hold() -> None:
+    config = {"r": 200, "lora_alpha": 200}
+    output = {"serve_with": "vllm"}
+    serving.check(config, made_spec(lora={"init": "pissa", "r": 200}, output=output), [(256, 1.0)])
+    with pytest.raises(SpecInvalid, match="twice their rank"):
+        serving.check(config, made_spec(lora={"init": "pissa", "r": 200}, output=output), [(257, 1.0)])
+    serving.check(config, made_spec(lora={"r": 200}, output=output), [(257, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("lora", "broken"),
     [

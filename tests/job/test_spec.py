@@ -135,6 +135,27 @@ PROBLEMS = {
     "min_lr": ("training: {min_lr: 0.1}", "5: training.min_lr", "0.1 lies above training.learning_rate (0.0002)"),
     "keep": ("checkpoints: {keep: 0}", "5: checkpoints.keep", "expected all, or a whole number of at least 1, not 0"),
     "quantization of plain lora": ("quantization: {}", "5: quantization", "only with method: qlora"),
+    "biases of a quantised base": (
+        "method: qlora\nlora: {bias: all}",
+        "6: lora",
+        "bias: all cannot go with method: qlora (bitsandbytes turns biases into the type of its input, 16 bits on a "
+        "GPU, and they would train in that); leave bias out, or use method: lora",
+    ),
+    "orthogonal on a quantised base": (
+        "method: qlora\nlora: {init: orthogonal}",
+        "6: lora",
+        "init: orthogonal cannot go with method: qlora (PEFT would give the adapter the integer type",
+    ),
+    "two reasons of a quantised base": (
+        "method: qlora\nlora: {init: pissa, bias: lora_only}",
+        "6: lora",
+        "use default, or method: lora; and bias: lora_only cannot go with",
+    ),
+    "DoRA on int8": (
+        "method: qlora\nlora: {use_dora: true}\nquantization: {type: int8}",
+        "7: quantization",
+        "type: int8 cannot go with lora.use_dora, whose norms PEFT cannot take of weights in int8",
+    ),
     "emptied block": ("training:\n", "5: training", "expected a block of keys, not null; write its keys below it, or"),
     "list for a block": ("lora: [1]", "5: lora", "expected a block of keys, not [1]"),
     "newer version": ("version: 2\nfuture: 1", "5: version", "2 is of a newer tunejob, this one reads 1"),
@@ -150,6 +171,19 @@ def test_a_problem_is_told_in_the_words_of_the_file(addition, where, what):
     (line,) = refused(SMALLEST + addition)
     assert line.startswith(f"run.yaml:{where}: ")
     assert what in line
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        "lora: {bias: all, init: orthogonal}",
+        "method: qlora\nlora: {init: gaussian, use_dora: true}",
+        "method: qlora\nlora: {use_dora: true}\nquantization: {type: fp4}",
+        "method: qlora\nquantization: {type: int8}\nlora: {use_rslora: true, bias: none}",
+    ],
+)
+def test_what_a_base_can_have_passes(addition):
+    parse(SMALLEST + addition, "run.yaml")
 
 
 WHOLE = {

@@ -56,12 +56,14 @@ def test_an_empty_record_still_has_a_summary() -> None:
     assert summary(Results("runs/x", {})).splitlines()[:3] == ["x: finished", "", "not evaluated"]
 
 
+@pytest.mark.parametrize("new_tokens", [[], ["<tool>"]])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_loading_lines_are_python_and_name_base_and_folder(method: str) -> None:
-    code = loading(Results("file:/data/it's here", record(method=method)))
+def test_the_loading_lines_are_python_and_name_base_and_folder(method: str, new_tokens: list[str]) -> None:
+    code = loading(Results("file:/data/it's here", record(method=method, new_tokens=new_tokens)))
     words = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
     assert {"org/base", "/data/it's here"} <= words
     assert ("quantization_config" in code) is (method == "qlora")
+    assert ("resize_token_embeddings" in code) is bool(new_tokens)  # without room PEFT finds no rows for them
 
 
 @pytest.mark.parametrize(
