@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from job.files import read_json, sealing, write_json
 from job.layout import ADAPTER_CONFIG, QUANTIZATION_CONFIG
 from job.sizing.parts import quantizable
 from job.training.device import DTYPES
-from job.training.model import keep_unpacked
+from job.training.model import BASE_DTYPE, keep_unpacked
 from job.training.new_tokens import make_room
 
 log = logging.getLogger("job")
@@ -60,6 +61,15 @@ class Merge:
     output: Path
     dtype: torch.dtype | None = None
     """Of the result; None: the base's."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How the base was held while the adapter trained."""
+
+    config: BitsAndBytesConfig
+    loaded: torch.dtype | None
+    """What its weights were rounded to before they were quantised; None: they were not."""
 
 
 def plan(adapter: Path, base: Path | None, onto: str | None, output: Path, dtype: str | None = None) -> Merge:
@@ -146,11 +156,11 @@ def adapted(wanted: Merge, vocabulary: int) -> PeftModel:
     Raises:
         IntegrityFailure: the adapter's tensors do not fit the base.
     """
-    quantization = _quantization(wanted)
+    quantised = _quantised(wanted)
     base = AutoModelForCausalLM.from_pretrained(
         wanted.base,
-        dtype="auto" if quantization is None else _run_dtype(quantization),
-        quantization_config=quantization,
+        dtype="auto" if quantised is None or quantised.loaded is None else quantised.loaded,
+        quantization_config=None if quantised is None else quantised.config,
         device_map={"": "cpu"},
         local_files_only=True,
     )
@@ -165,24 +175,23 @@ def _with_adapter(base: Any, wanted: Merge, vocabulary: int) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what peft only warns of, check_loaded refuses
             model = PeftModel.from_pretrained(base, str(wanted.adapter))
-    except (ValueError, RuntimeError) as error:  # no layer of such a name, or one of another shape
+    except (ValueError, TypeError, RuntimeError) as error:  # no layer of such a name, or one of another kind or shape
         words = " ".join(str(error).split())[:300]
         raise IntegrityFailure(f"{wanted.adapter}: the adapter does not fit {wanted.base} ({words})") from error
     check_loaded(model, load_peft_weights(str(wanted.adapter), device="cpu"))
     return model
 
 
-def _quantization(wanted: Merge) -> BitsAndBytesConfig | None:
+def _quantised(wanted: Merge) -> Quantised | None:
     path = wanted.adapter / QUANTIZATION_CONFIG
     if not path.is_file():
         return None
-    found: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(read_json(path))
-    return found
-
-
-def _run_dtype(quantization: Any) -> Any:
-    """What the weights were before they were quantised to 4 bits; how int8 is held does not depend on it."""
-    return "auto" if quantization.load_in_8bit else quantization.bnb_4bit_compute_dtype
+    found = read_json(path)
+    name = found.pop(BASE_DTYPE, None)
+    config: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(found)
+    if name is None:  # others' adapters, and older ones; as a rule a base computes in the type that it is loaded in
+        return Quantised(config, None if config.load_in_8bit else config.bnb_4bit_compute_dtype)
+    return Quantised(config, DTYPES[name])
 
 
 @torch.no_grad()
@@ -192,17 +201,23 @@ def merged(wanted: Merge, vocabulary: int) -> nn.Module:
     Raises:
         IntegrityFailure: the adapter's tensors do not fit the base.
     """
-    base = AutoModelForCausalLM.from_pretrained(wanted.base, dtype=wanted.dtype or "auto", local_files_only=True)
-    quantization = _quantization(wanted) if wanted.onto == "dequantised" else None
-    names = quantizable(base) if quantization is not None else set()
+    # Rounded to the type of the result only at the end: from rounded weights, quantising would come to other codes.
+    base = AutoModelForCausalLM.from_pretrained(wanted.base, dtype="auto", local_files_only=True)
+    if wanted.dtype == torch.float32:
+        base.float()
+    quantised = _quantised(wanted) if wanted.onto == "dequantised" else None
+    names = quantizable(base) if quantised is not None else set()
     held = {id(module) for name, module in base.named_modules() if name in names}
-    types = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    types = {name: _type_of_result(base, name, parameter, wanted) for name, parameter in base.named_parameters()}
     model = _with_adapter(base, wanted, vocabulary)
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for module in model.modules():
         core: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if isinstance(module, LoraLayer) or id(module) in held:
-            kept = core.weight.dtype
-            core.weight.data = _seen(core, quantization) if id(core) in held else core.weight.data.float()
+            if users[id(core.weight)] > 1:  # tied: what is added here must not be added to the other layer too
+                core.weight = nn.Parameter(core.weight.data.clone(), requires_grad=False)
+            kept = core.weight.dtype if wanted.dtype is None else wanted.dtype
+            core.weight.data = _seen(core, quantised) if id(core) in held else core.weight.data.float()
             held.discard(id(core))  # an adapted layer is met again as a module of its own
             if isinstance(module, LoraLayer):
                 module.merge()
@@ -211,26 +226,35 @@ def merged(wanted: Merge, vocabulary: int) -> nn.Module:
         warnings.simplefilter("ignore")  # that layers are merged already is as it should be
         result: Any = model.merge_and_unload()
     for name, parameter in result.named_parameters():
-        parameter.data = parameter.data.to(types.get(name, parameter.dtype))
+        parameter.data = parameter.data.to(types.get(name, wanted.dtype or parameter.dtype))
     head = result.get_output_embeddings()
     if head is not None and head.weight.data_ptr() != result.get_input_embeddings().weight.data_ptr():
         result.config.tie_word_embeddings = False  # one of the two was trained apart
     return result  # type: ignore[no-any-return]
 
 
-def _seen(layer: Any, quantization: Any) -> Tensor:
+def _type_of_result(base: Any, name: str, parameter: Tensor, wanted: Merge) -> torch.dtype:
+    """That which was asked for, but for what the model's code wants in float32 whatever the rest is."""
+    spared = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
+    if wanted.dtype is None or any(part in name for part in spared):
+        return parameter.dtype
+    return wanted.dtype
+
+
+def _seen(layer: Any, quantised: Any) -> Tensor:
     """A layer's weight as QLoRA's forward sees it, float32, in the layer's own orientation."""
     weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data
+    weight = weight.to(quantised.loaded or weight.dtype)
     back: Tensor
-    if quantization.load_in_8bit:
+    if quantised.config.load_in_8bit:
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         back = codes.float() * (scales.float()[:, None] / 127.0)
     else:
         held = bnb.nn.Params4bit(
-            weight.to(_run_dtype(quantization)).contiguous(),
+            weight.contiguous(),
             requires_grad=False,
-            quant_type=quantization.bnb_4bit_quant_type,
-            compress_statistics=quantization.bnb_4bit_use_double_quant,
+            quant_type=quantised.config.bnb_4bit_quant_type,
+            compress_statistics=quantised.config.bnb_4bit_use_double_quant,
         ).to("cpu")
         back = bnb.functional.dequantize_4bit(held.data, held.quant_state).float()
     return back.t().contiguous() if isinstance(layer, Conv1D) else back

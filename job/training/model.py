@@ -21,6 +21,9 @@ from job.training.device import DTYPES, Placement
 
 log = logging.getLogger(__name__)
 
+BASE_DTYPE = "base_dtype"
+"""In QUANTIZATION_CONFIG: the type that the weights had when they were quantised. ``from_dict`` passes over it."""
+
 
 def empty(folder: Path, name: str) -> Any:
     """The model without weights. Raises SpecInvalid where transformers knows no such model."""
@@ -165,6 +168,10 @@ def recompute(core: Any, wanted: bool | str, placement: Placement) -> None:
 
 
 def save_quantization(model: Any, folder: Path) -> None:
-    """Writes how the base was quantised, for ``BitsAndBytesConfig.from_dict``."""
+    """Writes how the base was quantised, for ``BitsAndBytesConfig.from_dict``, and of which type it was before.
+
+    Weights rounded to another type first land on other codes.
+    """
     config: BitsAndBytesConfig = model.config.quantization_config
-    (folder / QUANTIZATION_CONFIG).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
+    found = config.to_dict() | {BASE_DTYPE: str(model.config.dtype).removeprefix("torch.")}
+    (folder / QUANTIZATION_CONFIG).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
