@@ -181,7 +181,7 @@ class Training(Section):
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of all steps in which the learning rate rises from 0 to its peak."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the last step; below `learning_rate`. Without effect on `constant`."""
+    """Where the course ends, a step after the last; below `learning_rate`. Without effect on `constant`."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """`adamw`: torch's, states in fp32. `paged_adamw_8bit`: bitsandbytes', states in 8 bits that may leave the GPU."""
     weight_decay: float = Field(0.0, ge=0, le=1)

@@ -127,13 +127,14 @@ def newest_verified(store: Store, to: Path, tick: Callable[[], None] = nothing) 
 def prune(store: Store, keep: int | Literal["all"], best: int | None = None) -> list[Commit]:
     """Removes the commits that are neither among the newest ``keep`` nor of step ``best``, and leftovers of old pushes.
 
-    Nothing is removed unless the newest commit's objects are all there. Markers go first: what is cut off in between is
-    no commit.
+    Newest is what the latest owner committed: an older owner's of a higher step is one that it could not read, or it
+    would have gone on from there. Nothing is removed unless the newest commit's objects are all there. Markers go
+    first: what is cut off in between is no commit.
 
     Returns:
         What was removed.
     """
-    commits = committed(store)
+    commits = sorted(committed(store), key=lambda commit: (commit.generation, commit.step), reverse=True)
     if keep == "all" or not commits:
         return []
     newest = commits[0]

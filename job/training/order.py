@@ -53,7 +53,9 @@ class Order:
             for source, weight in enumerate(self._weights)
         )
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / self._batch_size)
-        self.steps = training.max_steps or max(1, math.ceil(training.epochs * self.steps_per_epoch))
+        # 0.07 * 100 is 7.000000000000001, and that is 7 steps.
+        passes = round(training.epochs * self.steps_per_epoch, 6)
+        self.steps = training.max_steps or max(1, math.ceil(passes))
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def rows(self, step: int) -> Indices:

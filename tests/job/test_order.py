@@ -53,6 +53,11 @@ def test_steps_in_all(training: dict[str, float], steps: int) -> None:
     assert order_of(100, batch_size=10, **training).steps == steps
 
 
+def test_a_product_that_is_not_exact_costs_no_step() -> None:
+    assert order_of(100, batch_size=1, epochs=0.07).steps == 7
+    assert order_of(100, batch_size=1, epochs=0.0701).steps == 8
+
+
 def test_an_input_of_several_that_comes_to_no_row_is_refused_by_its_place() -> None:
     sources = np.array([0] * 20 + [1] * 4, dtype=np.int16)
     with pytest.raises(DataInvalid, match=r"data\.train\.1\.weight: 4 rows with weight 0\.1"):

@@ -190,6 +190,17 @@ def test_nothing_is_pruned_unless_the_newest_is_whole(store: DirectoryStore, tmp
     assert [commit.step for commit in committed(store)] == [3, 2, 1]
 
 
+def test_a_checkpoint_that_could_not_be_read_costs_no_later_one_of_a_lower_step(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    push(store, tmp_path, 4, 6)
+    damaged = store.root / checkpoint_prefix(6) / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")  # of the size it should have
+    push(store, tmp_path, 5, generation=2)
+    assert [commit.step for commit in prune(store, 1)] == [6, 4]
+    assert [(commit.step, commit.generation) for commit in committed(store)] == [(5, 2)]
+
+
 def test_pruning_clears_what_old_pushes_left_and_spares_the_one_under_way(
     store: DirectoryStore, tmp_path: Path
 ) -> None:
