@@ -275,6 +275,7 @@ def _kill_rank(scratch: Path, rank: int) -> bool:
     return False
 
 
+@pytest.mark.full
 def test_two_ranks_train_what_one_trains(straight: Run, tiny_llama: Path, tmp_path: Path) -> None:
     from safetensors.torch import load
 
@@ -318,6 +319,7 @@ def test_qlora_trains_on_the_cpu_evaluates_and_goes_on(
     assert on_the_way == sorted(on_the_way, reverse=True)
 
 
+@pytest.mark.full
 def test_bias_and_modules_to_save_are_trained_and_the_base_figures_stay_the_base(
     tiny_gpt2: Path, tmp_path: Path
 ) -> None:
