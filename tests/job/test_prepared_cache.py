@@ -55,7 +55,7 @@ def test_every_module_that_prepares_lies_in_the_package_whose_code_is_in_the_key
         "child", "errors", "exits", "files", "inputs", "outcome", "process", "spec", "spec_draft", "spec_problems",
         "spec_reference", "spec_section", "spec_values", "strict_yaml", "workdir",
     }  # fmt: skip
-    checks_only = reach("job.training.model", KNOWN)  # a spec that names layers is looked over, no row is touched
+    checks_only = reach("job.training.adapter", KNOWN)  # what is asked of the model is looked over, no row is touched
     reached = {name.removeprefix("job.") for name in reach("job.data.prepare", KNOWN) - checks_only if name in KNOWN}
     assert {name for name in reached - surroundings - {"job"} if not name.startswith("data.")} == set()
     assert "data.row_writer" in reached
