@@ -1,8 +1,8 @@
 """The adapter on a base: putting it there, saving it, loading it. peft does the work.
 
-The base itself is never changed, not even by inits that begin with parts of its weights (first_values.py). So a checkpoint
-and the published adapter fit the untouched base, and resuming needs no decomposition that another machine would compute
-differently.
+The base itself is never changed, not even by inits that begin with parts of its weights (first_values.py). So a
+checkpoint and the published adapter fit the untouched base, and resuming needs no decomposition that another machine
+would compute differently.
 """
 
 import copy
