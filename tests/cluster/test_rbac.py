@@ -225,8 +225,11 @@ def test_pods_run_as_an_account_without_rights(kit: Kit) -> None:
         listed = kit.kubectl("auth", "can-i", "--list", "--no-headers", *identity, "--as-group=system:authenticated")
         return {line.strip() for line in listed.splitlines()}
 
-    kit.kubectl("create", "serviceaccount", "nobody")
-    assert rights("tunejob") == rights("nobody"), "what every account of the cluster may, and no more"
+    kit.kubectl("create", "serviceaccount", "without-a-role")
+    try:
+        assert rights("tunejob") == rights("without-a-role"), "what every account of the cluster may, and no more"
+    finally:
+        kit.kubectl("delete", "serviceaccount", "without-a-role")
     assert rights("tunejob") < rights("tunejob-viewer")
     assert kit.kubectl.get("serviceaccount", "tunejob")["automountServiceAccountToken"] is False
 

@@ -195,10 +195,10 @@ def test_doctor_finds_the_shipped_base_in_order_and_says_what_it_may_not_see(kit
 
 def test_check_looks_at_the_cluster_without_making_anything(kit: Kit) -> None:
     spec = kit.spec("looked-at")
-    profile = kit.profile_with("no-account", service_account="nobody")
+    profile = kit.profile_with("no-account", service_account="never-made")
     refused = kit.cli("check", str(spec), "--cluster", profile=profile)
     assert refused.code == Code.REFUSED, refused
-    assert "no ServiceAccount nobody" in refused.err
+    assert "no ServiceAccount never-made" in refused.err
     fine = kit.cli("check", str(spec), "--cluster")
     assert fine.code == Code.OK, fine
     assert "looked-at" not in kit.kubectl("get", "jobs,configmaps", "-o", "name")
