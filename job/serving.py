@@ -249,4 +249,4 @@ def _scale(rank: int, alpha: float, use_rslora: bool) -> float:
 
 def _published_ranks(spec: JobSpec) -> int:
     """How many times the rank that trains is published: the first values of some kinds go with it."""
-    return 2 if spec.lora.init in ("pissa", "olora") else 1
+    return 2 if spec.lora.begins_with_parts else 1

@@ -212,7 +212,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, str]:
 
 def _not_on_a_quantised_base(lora: Lora) -> Iterator[str]:
     """What an adapter asks for that a base held in few bits has not."""
-    if lora.init in ("pissa", "olora"):
+    if lora.begins_with_parts:
         yield (
             f"init: {lora.init} begins with parts of weights that method: qlora does not keep; "
             "use default, or method: lora"

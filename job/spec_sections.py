@@ -108,6 +108,9 @@ class Data(Section):
         return value
 
 
+_PARTS = ("pissa", "olora")
+
+
 class Lora(Section):
     """The adapter (LoRA, arXiv:2106.09685)."""
 
@@ -140,10 +143,15 @@ class Lora(Section):
     new_tokens: Names = ()
     """Tokens added to the tokenizer; their embeddings are trained and saved with the adapter."""
 
+    @property
+    def begins_with_parts(self) -> bool:
+        """Whether the adapter begins with parts of the base's weights: it is then published at twice its rank."""
+        return self.init in _PARTS
+
     @field_validator("init")
     @classmethod
     def _parts_of_plain_weights(cls, value: str, info: ValidationInfo) -> str:
-        if value in ("pissa", "olora") and info.data.get("use_dora"):
+        if value in _PARTS and info.data.get("use_dora"):
             raise ValueError(f"{value} cannot be converted to fit the untouched base with use_dora; choose one of both")
         return value
 

@@ -76,7 +76,7 @@ def _asks_much_of_the_model(spec: JobSpec) -> bool:
         names
         or lora.rank_pattern
         or lora.alpha_pattern
-        or lora.init in ("pissa", "olora")
+        or lora.begins_with_parts
         or spec.quantized is not None
         or spec.output.serve_with is not None
     )

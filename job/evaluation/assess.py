@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,9 +73,8 @@ def on_the_way(worker: Worker, loop: Loop, last: bool) -> bool:
     """
     if not _is_due(worker, loop.progress.step, last) or loop.progress.stop_asked:
         return loop.progress.stop_asked
-    alone = worker.placement.world == 1  # ranks would not agree where to leave; they do after the next step
     try:
-        loss = _measured(worker, loop, worker.stop_asked if alone else lambda: False).loss
+        loss = _measured(worker, loop, worker.stop_asked).loss
     except evaluate.StopAsked:
         return True
     step = loop.progress.step
@@ -235,7 +235,7 @@ def _side_by_side(
     }
 
 
-def _measured(worker: Worker, loop: Loop, should_stop: Any = lambda: False) -> evaluate.Figures:
+def _measured(worker: Worker, loop: Loop, should_stop: Callable[[], bool] | None = None) -> evaluate.Figures:
     rows = worker.data.eval
     if rows is None:
         raise InternalError("evaluation without rows")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from job.data.prepared import Rows
 from job.errors import InternalError
 from job.evaluation.figures import OF_TOKENS, Array, figures
-from job.training.device import Placement
+from job.training.device import Numbers, Placement
 from job.training.head import Scores
 from job.training.kernels import Kernel
 
@@ -47,7 +47,7 @@ def measure(
     placement: Placement,
     budget: int,
     limit: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Figures:
     """Loss and accuracy on the first ``limit`` rows, in batches of up to ``budget`` tokens of similar length.
@@ -56,15 +56,16 @@ def measure(
     and each knows all figures in the end.
 
     Raises:
-        StopAsked: ``should_stop`` said so between two batches.
+        StopAsked: ``should_stop`` said so on a rank, between two batches; all ranks raise at the same one.
     """
+    request = _Request(should_stop, placement)
     count = len(rows) if limit is None else min(limit, len(rows))
     groups = by_length(rows.lengths[:count], budget, kernel.padded)
     sums = torch.zeros((count, 3), dtype=torch.float64, device=placement.device)
     with evaluating(core), kernel.installed(core):
         for group, counts in dealt(groups, placement):
             on_batch()
-            if should_stop():
+            if request.is_heard():
                 raise StopAsked
             with placement.autocast():
                 scores = kernel.score(core, kernel.collate(rows, group))
@@ -72,6 +73,29 @@ def measure(
                 _add(sums, rows, group, scores)
     whole = over_ranks(sums, placement)
     return Figures(**figures(whole, OF_TOKENS), tokens=int(whole[:, 2].sum()), sums=whole)
+
+
+class _Request:
+    """Whether a rank is asked to leave, as all ranks know it at the same batch.
+
+    Several know of it a batch late: the device never waits for the host to hear of the batch under way.
+    """
+
+    def __init__(self, should_stop: Callable[[], bool] | None, placement: Placement) -> None:
+        self._should_stop, self._placement = should_stop, placement
+        self._told: Numbers | None = None
+
+    def is_heard(self) -> bool:
+        """Asked by every rank before each of its batches."""
+        if self._should_stop is None:
+            return False
+        here = self._should_stop()
+        if self._placement.world == 1:
+            return here
+        ranks = torch.full((1,), float(here), device=self._placement.device)
+        dist.all_reduce(ranks)
+        before, self._told = self._told, Numbers(ranks)
+        return before is not None and before.read()[0] > 0
 
 
 def over_ranks(sums: Tensor, placement: Placement) -> Array:

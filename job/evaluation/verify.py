@@ -83,7 +83,7 @@ def check_structure(folder: Path, spec: JobSpec) -> dict[str, Tensor]:
         IntegrityFailure: a tensor is empty, not finite, of another rank or without its partner.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    double = 2 if spec.lora.init in ("pissa", "olora") else 1
+    double = 2 if spec.lora.begins_with_parts else 1
     ranks = {name: double * rank for name, rank in spec.lora.rank_pattern.items()}
     found = config["r"], config.get("rank_pattern") or {}, config["base_model_name_or_path"]
     if found != (double * spec.lora.r, ranks, spec.model.name):

@@ -25,7 +25,7 @@ from job.errors import IntegrityFailure, SpecInvalid
 from job.sizing import parts
 from job.spec import JobSpec
 from job.training.device import Placement
-from job.training.first_values import NAME, begin, begun, joined, parted, require_ranks, takes_parts
+from job.training.first_values import NAME, begin, begun, joined, parted, require_ranks
 from job.training.model import empty, recompute
 from job.training.new_tokens import Tokens, make_room, rows_of
 
@@ -42,7 +42,7 @@ def add_adapter(base: nn.Module, spec: JobSpec, placement: Placement, tokens: To
     torch.manual_seed(spec.training.seed)
     model = wrapped(base, spec, tokens)
     train_in_float32(model)
-    if takes_parts(spec):
+    if spec.lora.begins_with_parts:
         begin(model, spec.lora.init)
     if spec.lora.use_dora:
         _measure(model)
@@ -99,7 +99,7 @@ def wrapped(base: nn.Module, spec: JobSpec, tokens: Tokens | None = None) -> Pef
         raise SpecInvalid(
             f"lora.target_modules: PEFT cannot adapt these layers of {spec.model.name} ({words})"
         ) from error
-    if takes_parts(spec):
+    if spec.lora.begins_with_parts:
         require_ranks(model, spec.lora.init)
     config.base_model_name_or_path = spec.model.name
     config.revision = spec.model.revision

@@ -48,8 +48,8 @@ class State:
     """CPU, threads, device and library versions: equal ones resume bit for bit."""
     scaler: dict[str, Any]
     """State of the loss scale; empty where there is none."""
-    halvings: int = 0
-    """How often the micro-batch was halved for want of device memory; a resumed run begins with what fitted."""
+    room: int | None = None
+    """Tokens of a micro-batch that fitted once the device's memory had run out; a resumed run takes no more."""
     eval_loss: float | None = None
     """Evaluation loss at this step, if it was measured."""
     course: dict[str, Any] = field(default_factory=dict)

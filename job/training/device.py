@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from job.errors import DeviceFailure, SpecInvalid
 from job.spec import JobSpec
@@ -39,6 +40,26 @@ class Placement:
     def scales_loss(self) -> bool:
         """float16 has too few exponent bits for gradients: the loss is scaled."""
         return self.precision == torch.float16
+
+
+class Numbers:
+    """A few numbers on their way from the device; reading them waits for what came before them, for nothing later."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> list[float]:
+        """The numbers, in the order of the vector they came as."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 def place(spec: JobSpec) -> Placement:

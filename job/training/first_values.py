@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from job.errors import IntegrityFailure, SpecInvalid
-from job.spec import JobSpec
 
 NAME = "default"
 FIRST = "first"
@@ -26,11 +25,6 @@ FIRST = "first"
 
 _FULL = 1024
 """Smallest side of a matrix up to which it is decomposed whole; above, its greatest singular values are looked for."""
-
-
-def takes_parts(spec: JobSpec) -> bool:
-    """Whether the adapter begins with parts of the base's weights."""
-    return spec.lora.init in ("pissa", "olora")
 
 
 def begin(model: PeftModel, init: str) -> None:

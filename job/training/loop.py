@@ -23,7 +23,7 @@ from job.data.prepared import Rows
 from job.errors import Diverged
 from job.spec_sections import Training
 from job.training.adapter import trained
-from job.training.device import Placement
+from job.training.device import Numbers, Placement
 from job.training.failures import is_out_of_memory
 from job.training.kernels import Kernel
 from job.training.order import Indices, Order, costliest, micro_batches, share
@@ -57,25 +57,14 @@ class Progress:
     """Some rank saw the request to leave; every rank knows it after the same step."""
 
 
+@dataclass(frozen=True)
 class _Figures:
-    """A few numbers of a step, on their way from the device; reading them waits for that step, for no later one."""
+    """What a step came to."""
 
-    def __init__(self, step: int, rows: Indices, values: Tensor) -> None:
-        self.step, self.rows = step, rows
-        self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-        else:
-            self._values = values
-
-    def read(self) -> list[float]:
-        """Loss, norm of the gradient, and how many ranks want to leave."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values.tolist()
+    step: int
+    rows: Indices
+    numbers: Numbers
+    """Loss, norm of the gradient, and how many ranks want to leave."""
 
 
 def _always(step: int) -> bool:
@@ -98,8 +87,8 @@ class Loop:
     kernel: Kernel
     placement: Placement
     progress: Progress = field(default_factory=Progress)
-    halvings: int = 0
-    """How often the device's memory ran out and the micro-batch was halved, as the spec may ask for."""
+    room: int | None = None
+    """Tokens a micro-batch may cost since the device's memory ran out, as the spec may ask for."""
 
     def __post_init__(self) -> None:
         self._core = self.model.get_base_model()
@@ -116,7 +105,8 @@ class Loop:
     @property
     def budget(self) -> int:
         """Tokens a micro-batch may cost."""
-        return self.training.micro_batch_size * self.training.max_length >> self.halvings
+        wanted = self.training.micro_batch_size * self.training.max_length
+        return wanted if self.room is None else min(wanted, self.room)
 
     def run(self, should_stop: Callable[[], bool], reads: Callable[[int], bool] = _always) -> Iterator[Progress]:
         """Yields after every step; ends after the last, or after a step whose ranks know of a request to leave.
@@ -149,7 +139,7 @@ class Loop:
         self._take(figures)
 
     def _take(self, figures: _Figures) -> None:
-        loss, norm, stops = figures.read()
+        loss, norm, stops = figures.numbers.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._require_scale_explains(figures, loss, norm)
         else:
@@ -215,7 +205,7 @@ class Loop:
         if not (mine if self.placement.world == 1 else bool(all_ranks > 0)):
             return False
         self._forget()
-        self.halvings += 1
+        self.room = self.budget // 2
         log.warning("device memory ran out; going on with micro-batches of %d tokens", self.budget)
         return True
 
@@ -312,7 +302,7 @@ class Loop:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.learning_rate = rate
-        return _Figures(step, rows, torch.stack([loss, norm.double(), stops.double()]))
+        return _Figures(step, rows, Numbers(torch.stack([loss, norm.double(), stops.double()])))
 
     def _require_scale_explains(self, figures: _Figures, loss: float, norm: float) -> None:
         """Raises Diverged unless it is the loss scale that made a gradient overflow."""

@@ -101,7 +101,7 @@ def _ready(worker: Worker, model: PeftModel, order: Order) -> tuple[Loop, dict[s
     if state is not None:
         checkpoint.restore(worker.workdir.resume, model, optimizer)
         loop.scaler.load_state_dict(state.scaler)
-        loop.halvings = state.halvings
+        loop.room = state.room
         loop.progress = Progress(step=state.step, tokens=state.tokens)
         worker.resumed_tokens, worker.course = state.tokens, Course(**state.course)
         assess.resume_best(worker, state.step)
@@ -215,7 +215,7 @@ def _save(worker: Worker, loop: Loop, choice: dict[str, str]) -> None:
             kernels=choice,
             environment=checkpoint.environment(worker.placement.device, worker.placement.world),
             scaler=loop.scaler.state_dict(),
-            halvings=loop.halvings,
+            room=loop.room,
             eval_loss=worker.course.loss_at(loop.progress.step),
             course=worker.course.record(),
         )

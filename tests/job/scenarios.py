@@ -119,7 +119,7 @@ def train(
         "digest": _digest(loop),
         "shared": _shared(loop),
         "tokens": loop.progress.tokens,
-        "halvings": loop.halvings,
+        "room": loop.room,
     }
 
 

@@ -140,6 +140,9 @@ def test_on_request_memory_that_runs_out_halves_the_micro_batch_and_changes_no_l
     loop = loop_of(tiny_llama, spec, scarce(70))
     torch.testing.assert_close(losses_of(loop), losses_of(plenty), atol=1e-5, rtol=1e-5)
     assert (plenty.budget, loop.budget) == (256, 64)
+    resumed = loop_of(tiny_llama, made_spec(training=HALVING | {"micro_batch_size": 1, "on_out_of_memory": "halve"}))
+    resumed.room = loop.room
+    assert resumed.budget == 64, "a micro-batch that was made smaller meanwhile is not halved again"
 
 
 def test_without_the_request_it_is_the_end(tiny_llama: Path) -> None:  # T30
