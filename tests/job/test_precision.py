@@ -10,7 +10,7 @@ from job.errors import Diverged
 from job.training import checkpoint
 from job.training.adapter import add_adapter, trained
 from job.training.checkpoint import State
-from job.training.device import Placement
+from job.training.device import Numbers, Placement
 from job.training.kernels import PaddingFree, Reference, choose, chunked_head
 from job.training.loop import SKIPS_IN_A_ROW, Loop, make_optimizer
 from job.training.model import load_base
@@ -92,7 +92,7 @@ def test_a_step_the_loss_scale_skips_is_no_divergence_and_many_in_a_row_are(
     from job.training.loop import _Figures
 
     loop = loop_at(tiny_llama, FP16)
-    figures = _Figures(0, loop.order.rows(0), torch.tensor([1.0, float("inf"), 0.0], dtype=torch.float64))
+    figures = _Figures(0, loop.order.rows(0), Numbers(torch.tensor([1.0, float("inf"), 0.0], dtype=torch.float64)))
     for _ in range(skips - 1):
         loop._take(figures)
     if diverges:
@@ -100,7 +100,7 @@ def test_a_step_the_loss_scale_skips_is_no_divergence_and_many_in_a_row_are(
             loop._take(figures)
     else:
         loop._take(figures)
-        loop._take(_Figures(1, loop.order.rows(1), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)))
+        loop._take(_Figures(1, loop.order.rows(1), Numbers(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))))
         loop._take(figures)  # counted from the start again
 
 
@@ -109,4 +109,4 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tiny_llama: Path) -> No
 
     loop = loop_at(tiny_llama, FP16)
     with pytest.raises(Diverged):
-        loop._take(_Figures(0, loop.order.rows(0), torch.tensor([float("nan")] * 3, dtype=torch.float64)))
+        loop._take(_Figures(0, loop.order.rows(0), Numbers(torch.tensor([float("nan")] * 3, dtype=torch.float64))))
