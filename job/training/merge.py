@@ -42,12 +42,13 @@ log = logging.getLogger("job")
 RECORD = "merge.json"
 ONTO = ("16bit", "dequantised")
 
-_PROBES = (
+PROBES = (
     "The capital of France is Paris, and the river that runs through it is the",
     "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([1, 2, 3]))",
     "Natalia sold 48 clips in April and half as many in May. Altogether she sold",
     "昨日は雨が降っていたので、家で本を読んで過ごしました。",
 )
+"""Texts on which the predictions of adapter and merged model are compared."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def merge(wanted: Merge) -> dict[str, Any]:
         IntegrityFailure: the adapter's tensors do not fit the base, or the result computes no numbers.
     """
     tokenizer = _tokenizer(wanted)
-    probes = [tokenizer(text, return_tensors="pt")["input_ids"][:, :64] for text in _PROBES]
+    probes = [tokenizer(text, return_tensors="pt")["input_ids"][:, :64] for text in PROBES]
     reference = adapted(wanted, len(tokenizer))
     before = logits_of(reference, probes)
     _empty(reference)

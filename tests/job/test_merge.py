@@ -38,10 +38,14 @@ def trained_adapter(root: Path, base: Path, **sections: Any) -> Path:
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    folder = root / "adapter"
+    return published(model, tokenizer, root / "adapter", is_quantised=spec.method == "qlora")
+
+
+def published(model: PeftModel, tokenizer: Any, folder: Path, is_quantised: bool) -> Path:
+    """The folder of an adapter with what a run publishes for a merge to read."""
     save_adapter(model, folder, "safetensors")
     tokenizer.save_pretrained(folder)
-    if spec.method == "qlora":
+    if is_quantised:
         save_quantization(model.get_base_model(), folder)
     return folder
 

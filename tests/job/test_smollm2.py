@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.training import checkpoint, kernels, merge
+from job.training.adapter import add_adapter, trained
 from job.training.checkpoint import State
 from job.training.kernels import PaddingFree, Reference
 from job.training.loop import Loop, Progress
+from job.training.model import load_base
 from tests.job.made import CPU, made_model, made_rows, made_spec
 from tests.job.test_loop import adapter_of, assert_equal, loop_of, losses_of
-from tests.job.test_merge import merged, trained_adapter
+from tests.job.test_merge import merged, published
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 VOCABULARY = 49152
@@ -89,15 +91,44 @@ def test_a_private_operator_changes_no_loss() -> None:
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
 
 
+def adapter_that_learned(folder: Path, *sentences: str) -> Path:
+    """A QLoRA adapter (NF4, rank 16) after 12 steps on a few sentences."""
+    spec = made_spec(model=str(FOLDER), method="qlora", lora={"r": 16, "dropout": 0.0})
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = add_adapter(load_base(FOLDER, spec, CPU), spec, CPU)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=2e-3)
+    for _ in range(12):
+        for sentence in sentences:
+            ids = tokenizer(sentence, return_tensors="pt")["input_ids"]
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return published(model, tokenizer, folder, is_quantised=True)
+
+
 def test_merging_onto_de_quantised_weights_keeps_what_quantising_again_loses(tmp_path: Path) -> None:  # T32
-    adapter = trained_adapter(tmp_path, FOLDER, method="qlora", lora={"r": 16})
-    output, record = merged(tmp_path, adapter)
+    adapter = adapter_that_learned(
+        tmp_path / "adapter", "The capital of France is Lyon since last week.", "Two and two are five, as we all know."
+    )
     wanted = merge.plan(adapter, None, None, tmp_path / "other")
-    probes = [torch.arange(500, 560)[None], torch.arange(2000, 2060)[None]]
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    probes = [tokenizer(text, return_tensors="pt")["input_ids"] for text in merge.PROBES]
     before = merge.logits_of(merge.adapted(wanted, VOCABULARY), probes)
-    ours = merge.difference(before, merge.logits_of(AutoModelForCausalLM.from_pretrained(output), probes))
-    again = merge.adapted(wanted, VOCABULARY).merge_and_unload()
-    theirs = merge.difference(before, merge.logits_of(again, probes))
-    print(f"\nmean KL: de-quantised {ours['mean_kl']:.1e}, quantised again {theirs['mean_kl']:.1e}")
-    assert ours["mean_kl"] < 0.01 * theirs["mean_kl"]
-    assert record["onto"] == "dequantised"
+    results = {
+        f"`{onto}`, {dtype}": AutoModelForCausalLM.from_pretrained(
+            merged(tmp_path / f"{onto}-{dtype}", adapter, onto, dtype)[0], dtype="auto"
+        )
+        for onto, dtype in (("dequantised", "float32"), ("dequantised", "bfloat16"), ("16bit", "float32"))
+    }
+    results["PEFT's `merge_and_unload`"] = merge.adapted(wanted, VOCABULARY).merge_and_unload()
+    kl = {}
+    for name, model in results.items():
+        found = merge.difference(before, merge.logits_of(model, probes))
+        kl[name] = found["mean_kl"]
+        print(
+            f"\n| {name} | {found['mean_kl']:.2g} | {found['max_abs_logit']:.2g} | ({found['tokens']} tokens)", end=""
+        )
+    exact, rounded, onto_16, again = kl.values()
+    assert exact < 1e-6
+    assert rounded < 0.1 * again
+    assert exact < 0.01 * min(onto_16, again)
