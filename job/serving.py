@@ -184,7 +184,7 @@ def check(config: Mapping[str, Any], spec: JobSpec, layers: Iterable[tuple[int, 
     """
     server, pairs = spec.output.serve_with, list(layers)
     adapter = of_config(config, spec.output.adapter_format != "bin")
-    factor = _published_ranks(spec)
+    factor = spec.lora.times_published
     # Servers take rank and scale from r and lora_alpha, also where patterns leave no layer with them.
     ranks = {factor * rank for rank in (config["r"], *(rank for rank, _ in pairs))}
     scales = {
@@ -200,7 +200,7 @@ def check(config: Mapping[str, Any], spec: JobSpec, layers: Iterable[tuple[int, 
 def published(spec: JobSpec) -> Adapter:
     """The adapter that a spec will publish, as far as the spec alone says."""
     lora = spec.lora
-    factor = _published_ranks(spec)
+    factor = spec.lora.times_published
     ranks = [lora.r, *lora.rank_pattern.values()]
     return Adapter(
         rank=factor * max(ranks),
@@ -245,8 +245,3 @@ def _scales(
 
 def _scale(rank: int, alpha: float, use_rslora: bool) -> float:
     return round(alpha / (math.sqrt(rank) if use_rslora else rank), 12)
-
-
-def _published_ranks(spec: JobSpec) -> int:
-    """How many times the rank that trains is published: the first values of some kinds go with it."""
-    return 2 if spec.lora.begins_with_parts else 1

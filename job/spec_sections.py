@@ -145,8 +145,13 @@ class Lora(Section):
 
     @property
     def begins_with_parts(self) -> bool:
-        """Whether the adapter begins with parts of the base's weights: it is then published at twice its rank."""
+        """Whether the adapter begins with parts of the base's weights."""
         return self.init in _PARTS
+
+    @property
+    def times_published(self) -> int:
+        """How many times the rank that trains is published: parts of the base that it began with go along."""
+        return 2 if self.begins_with_parts else 1
 
     @field_validator("init")
     @classmethod
@@ -216,7 +221,7 @@ class Training(Section):
     logits for trained tokens only, compared with the reference at the start; a difference falls back to it."""
     on_out_of_memory: Literal["fail", "halve"] = "fail"
     """What happens when the device's memory runs out: exit 83, or go on with half the token budget of a micro-batch, on
-    all ranks from the same step on. The loss stays the same."""
+    all ranks from the same step on, and when the run is resumed. The loss stays the same."""
     parallelism: Literal["replicate", "shard"] = "replicate"
     """`replicate`: every rank holds the whole base. `shard`: the ranks share it (FSDP2), for a base that is too big for
     one device."""

@@ -83,17 +83,17 @@ def check_structure(folder: Path, spec: JobSpec) -> dict[str, Tensor]:
         IntegrityFailure: a tensor is empty, not finite, of another rank or without its partner.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    double = 2 if spec.lora.begins_with_parts else 1
-    ranks = {name: double * rank for name, rank in spec.lora.rank_pattern.items()}
+    times = spec.lora.times_published
+    ranks = {name: times * rank for name, rank in spec.lora.rank_pattern.items()}
     found = config["r"], config.get("rank_pattern") or {}, config["base_model_name_or_path"]
-    if found != (double * spec.lora.r, ranks, spec.model.name):
+    if found != (times * spec.lora.r, ranks, spec.model.name):
         raise IntegrityFailure(f"{ADAPTER_CONFIG}: rank or base model are not the spec's")
     weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
     if not any("lora_" in name for name in weights):
         raise IntegrityFailure("the sealed adapter holds no LoRA tensors")
     for name, tensor in weights.items():
         layer = name.split(".lora_", 1)[0]
-        _check_tensor(name, tensor, weights, ranks.get(get_pattern_key(list(ranks), layer), double * spec.lora.r))
+        _check_tensor(name, tensor, weights, ranks.get(get_pattern_key(list(ranks), layer), times * spec.lora.r))
     if (folder / ADAPTER_SAFETENSORS).exists() and (folder / ADAPTER_BIN).exists():
         _check_same(weights, torch.load(folder / ADAPTER_BIN, weights_only=True))
     return weights
