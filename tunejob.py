@@ -19,10 +19,10 @@ from job.errors import JobError, error_for
 if TYPE_CHECKING:
     from job.spec import JobSpec
     from launcher.doctor import Check
-    from launcher.logs import Line
     from launcher.render import Rendered
     from launcher.results import Results
     from launcher.runs import Run
+    from launcher.stream import Line
     from launcher.submit import Submitted
     from launcher.verbs import Door
     from launcher.why import Cause

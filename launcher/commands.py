@@ -81,8 +81,8 @@ def _followed(door: "Door", run: "Run", tail: int | None = None) -> int:
 
 def _show(line: Any) -> None:
     """One line of a log: progress as people read it, everything else as it is."""
-    from launcher.logs import progress
     from launcher.show import progress_line
+    from launcher.stream import progress
 
     word = progress(line.text)
     print(line.text if word is None else progress_line(word), flush=True)

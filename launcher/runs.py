@@ -50,6 +50,16 @@ class Attempt:
         return found
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its container runs or ran, and so may have a log."""
+        return "running" in self.state or "terminated" in self.state
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its container writes no more."""
+        return "terminated" in self.state or self.phase in ("Succeeded", "Failed")
+
+    @property
     def code(self) -> int | None:
         """How its container left; None while it has not."""
         return self._ended.get("exitCode")

@@ -221,7 +221,7 @@ def _await_first_pod(cluster: Cluster, run: Run) -> None:
     Raises:
         Refused: the server refuses to make the pods.
     """
-    from launcher.evidence import gather
+    from launcher.causes.evidence import gather
     from launcher.why import startup_problem
 
     end = time.monotonic() + FIRST_POD_SECONDS

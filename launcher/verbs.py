@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from job.spec import JobSpec
     from launcher.cluster import Cluster
     from launcher.doctor import Check
-    from launcher.logs import Line
     from launcher.preflight import Findings
     from launcher.profile import Profile
     from launcher.render import Rendered
     from launcher.results import Results
     from launcher.runs import Run
+    from launcher.stream import Line
     from launcher.submit import Submitted
     from launcher.why import Cause
 
@@ -79,10 +79,11 @@ class Door:
 
     def status(self, name: str) -> dict[str, Any]:
         """A run's state, progress and attempts, as plain data."""
-        from launcher import logs, show
+        from launcher import show
+        from launcher.stream import latest_progress
 
         run = self.find(name)
-        return show.status(run, logs.latest_progress(self.cluster, run))
+        return show.status(run, latest_progress(self.cluster, run))
 
     def logs(self, name: str, follow: bool = False, tail: int | None = None) -> "Iterator[Line]":
         """The lines of every attempt's log, oldest first."""
@@ -107,7 +108,7 @@ class Door:
 
     def causes(self, run: "Run") -> "list[Cause]":
         """See ``launcher.why``."""
-        from launcher.evidence import gather
+        from launcher.causes.evidence import gather
         from launcher.why import diagnose
 
         return diagnose(gather(self.cluster, run), lambda: self._told(run))

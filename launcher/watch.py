@@ -2,37 +2,16 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
 
-from launcher import logs
+from launcher.causes.cause import Cause
 from launcher.cluster import PODS, Cluster
 from launcher.codes import ClusterUnreachable, Code, Refused, Stuck
-from launcher.logs import Line
 from launcher.poll import Clock, Poll, Say
 from launcher.runs import Attempt, Run
+from launcher.stream import Line, stream
 
 ASK_SECONDS = 10.0
 """Between two questions why a run does not begin; what stands in its way twice is believed."""
-
-
-class Cause(Protocol):
-    """What ``launcher.why`` gives."""
-
-    @property
-    def name(self) -> str:
-        """Of the cause."""
-
-    @property
-    def sentence(self) -> str:
-        """What it is."""
-
-    @property
-    def remedy(self) -> str:
-        """What to try."""
-
-    @property
-    def code(self) -> Code:
-        """How to leave because of it."""
 
 
 Problem = Callable[[Run], Cause | None]
@@ -133,13 +112,13 @@ def attended(
         run = poll.look()
         for attempt in run.pods:
             numbers.setdefault(attempt.pod, attempts_before + len(numbers) + 1)
-        begun = next((one for one in run.pods if logs.has_begun(one) and one.pod not in shown), None)
+        begun = next((one for one in run.pods if one.has_begun and one.pod not in shown), None)
         stage.tell(run, begun, numbers)
         if begun:
             shown.add(begun.pod)
             container = _Container(poll, begun, say)
             try:
-                yield from logs.stream(
+                yield from stream(
                     cluster, begun.pod, numbers[begun.pod], container.has_ended, tail, container.lost, clock
                 )
             except ClusterUnreachable as error:
@@ -178,13 +157,13 @@ class _Container:
         """
         if self._is_known:  # just looked at
             self._is_known = False
-            return logs.has_ended(self._attempt)
+            return self._attempt.has_ended
         found = self._poll.bear(lambda: self._poll.cluster.get(PODS, self._attempt.pod))
         if found is None:
             if not is_clean:
                 self._say(f"{self._attempt.pod} is gone: its last lines may be missing here; the store has them")
             return True
-        if logs.has_ended(Attempt(found)):
+        if Attempt(found).has_ended:
             return True
         self._poll.look()
         return False
@@ -207,11 +186,11 @@ class _Start:
 
     def check(self, run: Run) -> None:
         """Raises Stuck, or Refused, if it will not."""
-        self._has_begun = self._has_begun or any(logs.has_begun(attempt) for attempt in run.pods)
+        self._has_begun = self._has_begun or any(attempt.has_begun for attempt in run.pods)
         now = self._clock.monotonic()
         if self._timeout is not None and not self._has_begun and now - self._began >= self._timeout:
             raise _error(run, self._asked_why(run), f"{run.id} has not begun after {self._timeout:g} s")
-        is_waiting = run.state == "pending" and not (run.pods and logs.has_begun(run.pods[-1]))
+        is_waiting = run.state == "pending" and not (run.pods and run.pods[-1].has_begun)
         if not is_waiting or now - self._asked < ASK_SECONDS:
             return
         self._asked = now
@@ -276,7 +255,7 @@ def _error(run: Run, cause: Cause | None, what: str) -> Stuck | Refused:
 
 def _startup_problem(cluster: Cluster) -> Problem:
     def problem(run: Run) -> Cause | None:
-        from launcher.evidence import gather
+        from launcher.causes.evidence import gather
         from launcher.why import startup_problem
 
         return startup_problem(gather(cluster, run))

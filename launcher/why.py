@@ -1,16 +1,16 @@
-"""Why a run is where it is: a table of causes over what ``launcher.evidence`` gathered. Only the store is asked."""
+"""Why a run is where it is: a table of causes over what ``gather`` found. Only the store is asked."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from job.errors import JobError
 from job.exits import EXITS
-from launcher.cause import Cause
+from launcher.causes.cause import Cause
+from launcher.causes.ending import DISRUPTIONS, REMEDIES, failing, last_ended, of_code, of_pod
+from launcher.causes.evidence import Evidence
+from launcher.causes.standing import LOST, QUEUE, STATES
+from launcher.causes.starting import START
 from launcher.codes import Code
-from launcher.ending import DISRUPTIONS, REMEDIES, failing, last_ended, of_code, of_pod
-from launcher.evidence import Evidence
-from launcher.standing import LOST, QUEUE, STATES
-from launcher.starting import START
 
 if TYPE_CHECKING:
     from job.status import Status

@@ -16,8 +16,9 @@ import pytest
 from job.exits import pod_failure_policy
 from launcher.cluster import open_cluster
 from launcher.codes import Code, Deleted
-from launcher.logs import Line, lines
+from launcher.logs import lines
 from launcher.runs import Run, find
+from launcher.stream import Line
 from launcher.watch import follow
 from tests.cluster.kit import Kit
 from tests.cluster.kubectl import Manifest, wait_for

@@ -8,8 +8,8 @@ from job import layout
 from job.storage.directory import DirectoryStore
 from launcher import logs
 from launcher.codes import ClusterUnreachable, NotFound
-from launcher.logs import Seen, progress
 from launcher.runs import Run, of
+from launcher.stream import Seen, latest_progress, progress, stream
 from tests.launcher.standin import BREAKS, ENDS, ID, JOB, Story, kube_job, pod, stamp
 
 PROGRESS = '{"run": "toy", "attempt": 1, "step": 3, "steps": 6, "phase": "train"}'
@@ -38,14 +38,14 @@ def test_every_line_of_a_container_comes_once_and_in_order(log: list[tuple[float
     story = Story(
         {0: (kube_job(), [pod("p-1")]), 6: (kube_job("Complete"), [pod("p-1", "Succeeded", 0)])}, logs={"p-1": log}
     )
-    lines = list(logs.stream(story, "p-1", 1, lambda _: story.now >= 6, clock=story))  # type: ignore[arg-type]
+    lines = list(stream(story, "p-1", 1, lambda _: story.now >= 6, clock=story))  # type: ignore[arg-type]
     assert [line.text for line in lines] == [text for _, text in TEN]
 
 
 def test_the_same_text_twice_is_two_lines_even_over_a_break() -> None:
     log = [(1.0, "again"), (1.5, "again"), (1.6, BREAKS), (1.7, "again"), (2.0, "")]
     story = Story({0: (kube_job(), [pod("p-1")])}, logs={"p-1": log})
-    lines = list(logs.stream(story, "p-1", 1, lambda _: story.now >= 6, clock=story))  # type: ignore[arg-type]
+    lines = list(stream(story, "p-1", 1, lambda _: story.now >= 6, clock=story))  # type: ignore[arg-type]
     assert [line.text for line in lines] == ["again", "again", "again", ""]
 
 
@@ -71,7 +71,7 @@ def test_a_log_that_was_rotated_while_its_stream_was_broken_shows_in_its_first_l
 def test_a_tail_that_breaks_does_not_bring_what_was_before_it() -> None:
     log = [(0.1, "one"), (0.2, "two"), (0.3, "three"), (1.0, BREAKS), (2.0, "four")]
     story = Story({0: (kube_job(), [pod("p-1")])}, logs={"p-1": log}, now=0.5)
-    lines = logs.stream(story, "p-1", 1, lambda _: story.now >= 6, tail=1, clock=story)  # type: ignore[arg-type]
+    lines = stream(story, "p-1", 1, lambda _: story.now >= 6, tail=1, clock=story)  # type: ignore[arg-type]
     assert [line.text for line in lines] == ["three", "four"]
 
 
@@ -82,7 +82,7 @@ def test_what_the_kubelet_says_itself_is_no_line_of_the_log() -> None:
 def test_a_log_that_never_ends_well_is_given_up_once_its_container_has_ended() -> None:
     story = Story({0: (kube_job(), [])}, away=[(0, 1e9)])
     with pytest.raises(ClusterUnreachable):
-        list(logs.stream(story, "p-1", 1, lambda _: True, clock=story))  # type: ignore[arg-type]
+        list(stream(story, "p-1", 1, lambda _: True, clock=story))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_the_tail_is_taken_of_each_attempt() -> None:
 
 def test_the_latest_progress_is_that_of_the_newest_pod_that_has_begun() -> None:
     story, run = finished("p-1")
-    assert logs.latest_progress(story, run)["step"] == 3  # type: ignore[arg-type]
-    assert logs.latest_progress(story, of(kube_job(), [])) == {}  # type: ignore[arg-type]
+    assert latest_progress(story, run)["step"] == 3  # type: ignore[arg-type]
+    assert latest_progress(story, of(kube_job(), [])) == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

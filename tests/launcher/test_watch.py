@@ -8,8 +8,8 @@ import pytest
 
 from launcher.codes import ClusterUnreachable, Code, Deleted, LauncherError, Refused, Stuck, TimedOut
 from launcher.labels import QUEUE
-from launcher.logs import Line
 from launcher.runs import Run, of
+from launcher.stream import Line
 from launcher.watch import follow, outcome, wait
 from tests.launcher.standin import BREAKS, ID, JOB, Story, kube_job, pod
 

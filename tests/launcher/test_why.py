@@ -11,10 +11,10 @@ from job.errors import TemporaryFailure
 from job.exits import EXITS, ExitCode
 from job.status import Status
 from launcher import runs
-from launcher.cause import Cause
+from launcher.causes.cause import Cause
+from launcher.causes.ending import REMEDIES, of_code
+from launcher.causes.evidence import Evidence, gather, heard
 from launcher.codes import Code
-from launcher.ending import REMEDIES, of_code
-from launcher.evidence import Evidence, gather, heard
 from launcher.why import diagnose, reference, startup_problem
 from tests.launcher.api import Answer, refusal, served
 

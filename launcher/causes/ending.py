@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.exits import CONTAINER, EXITS, ExitCode
-from launcher.cause import Cause
+from launcher.causes.cause import Cause
+from launcher.causes.evidence import Evidence
 from launcher.codes import Code
-from launcher.evidence import Evidence
 from launcher.runs import Attempt
 
 AGAIN = "tunejob retry RUN"

@@ -2,8 +2,8 @@
 
 import re
 
-from launcher.cause import Found, Rule
-from launcher.evidence import Evidence
+from launcher.causes.cause import Found, Rule
+from launcher.causes.evidence import Evidence
 from launcher.quantity import amount
 from launcher.runs import Attempt
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from launcher.cause import Found, Rule
+from launcher.causes.cause import Found, Rule
+from launcher.causes.ending import last_ended, line_of
+from launcher.causes.evidence import Evidence, moment
 from launcher.codes import Code
-from launcher.ending import last_ended, line_of
-from launcher.evidence import Evidence, moment
 
 LOST_SECONDS = 30
 """How long a pod may outlive its grace period before something is wrong."""

@@ -18,6 +18,7 @@ from launcher.cluster import (
 from launcher.codes import LauncherError, NotAllowed, NotFound
 from launcher.labels import Manifest
 from launcher.runs import Attempt, Run
+from launcher.stream import latest_progress
 
 LOOKED_AT = 3
 """Pods, the newest ones, whose events are read."""
@@ -194,8 +195,6 @@ def _queue(reader: _Reader, run: Run) -> tuple[bool, bool, Manifest | None]:
 def _progress(reader: _Reader, run: Run) -> Mapping[str, Any]:
     if run.state != "running":
         return {}
-    from launcher.logs import latest_progress
-
     try:
         word: Mapping[str, Any] = latest_progress(reader.cluster, run)
         return word

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from launcher.cause import Found, Rule
+from launcher.causes.cause import Found, Rule
+from launcher.causes.evidence import Event, Evidence, moment
 from launcher.codes import Code
-from launcher.evidence import Event, Evidence, moment
 from launcher.quantity import amount
 
 _ABSENT_ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found')

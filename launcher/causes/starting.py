@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher.cause import Found, Rule
-from launcher.evidence import Evidence, moment
-from launcher.placing import PLACEMENT
-from launcher.refusing import REFUSALS
+from launcher.causes.cause import Found, Rule
+from launcher.causes.evidence import Evidence, moment
+from launcher.causes.placing import PLACEMENT
+from launcher.causes.refusing import REFUSALS
 from launcher.runs import Attempt
 
 PULLS = 3

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.causes.evidence import Evidence
 from launcher.codes import Code
-from launcher.evidence import Evidence
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What may be the matter with a run: what is known of it, and the rules that judge it. ``launcher.why`` asks them."""
