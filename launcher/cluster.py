@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from launcher.codes import ClusterUnreachable, LauncherError, NotAllowed, NotFound, Refused
+from launcher.answers import Absent, NotStarted, Transient, masked, of_answer, of_failure, said
+from launcher.codes import ClusterUnreachable
+from launcher.kinds import ACCESS, PODS, Kind
 from launcher.labels import FIELD_MANAGER, Manifest
 
 T = TypeVar("T")
@@ -27,46 +29,6 @@ TRIES = 3
 
 _WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_RBAC = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]*)"')
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of object: where the API has it."""
-
-    name: str
-    api: str
-    plural: str
-    is_namespaced: bool = True
-
-    @property
-    def group(self) -> str:
-        """API group; empty for the core."""
-        return self.api.rpartition("/")[0]
-
-
-JOBS = Kind("Job", "batch/v1", "jobs")
-CRON_JOBS = Kind("CronJob", "batch/v1", "cronjobs")
-CONFIG_MAPS = Kind("ConfigMap", "v1", "configmaps")
-PODS = Kind("Pod", "v1", "pods")
-EVENTS = Kind("Event", "v1", "events")
-SECRETS = Kind("Secret", "v1", "secrets")
-SERVICE_ACCOUNTS = Kind("ServiceAccount", "v1", "serviceaccounts")
-QUOTAS = Kind("ResourceQuota", "v1", "resourcequotas")
-LIMIT_RANGES = Kind("LimitRange", "v1", "limitranges")
-NAMESPACES = Kind("Namespace", "v1", "namespaces", is_namespaced=False)
-NODES = Kind("Node", "v1", "nodes", is_namespaced=False)
-LOCAL_QUEUES = Kind("LocalQueue", "kueue.x-k8s.io/v1beta1", "localqueues")
-WORKLOADS = Kind("Workload", "kueue.x-k8s.io/v1beta1", "workloads")
-_ACCESS = Kind("SelfSubjectAccessReview", "authorization.k8s.io/v1", "selfsubjectaccessreviews", is_namespaced=False)
-
-
-class _Transient(Exception):
-    """No answer, or one that asks to come again."""
-
-    def __init__(self, what: str, after: float = 0.0) -> None:
-        super().__init__(what)
-        self.after = after
 
 
 @dataclass
@@ -83,14 +45,14 @@ class Cluster:
 
     @property
     def server(self) -> str:
-        """The API server's address."""
-        return str(self.client.configuration.host)
+        """The API server's address, as people may see it."""
+        return masked(str(self.client.configuration.host))
 
     def get(self, kind: Kind, name: str) -> Manifest | None:
         """One object; None if it is proven not to be there."""
         try:
             return self._json("GET", self._path(kind, name))
-        except _Absent:
+        except Absent:
             return None
 
     def list(self, kind: Kind, selector: str = "", fields: str = "") -> list[Manifest]:
@@ -126,7 +88,7 @@ class Cluster:
             options["preconditions"] = {"uid": uid}
         try:
             self._json("DELETE", self._path(kind, name), body=options)
-        except _Absent:
+        except Absent:
             return False
         return True
 
@@ -155,7 +117,7 @@ class Cluster:
             response = self._retried(
                 lambda: self._open("GET", f"{self._path(PODS, pod)}/log", query, timeout=LOG_TIMEOUT)
             )
-        except (_Absent, _NotStarted):
+        except (Absent, NotStarted):
             return
         yield from self._lines(response)
 
@@ -164,8 +126,8 @@ class Cluster:
         attributes = {"verb": verb, "group": kind.group, "resource": kind.plural, "subresource": subresource}
         if kind.is_namespaced:
             attributes["namespace"] = self.namespace
-        body = {"apiVersion": _ACCESS.api, "kind": _ACCESS.name, "spec": {"resourceAttributes": attributes}}
-        return bool(self._json("POST", self._path(_ACCESS), body=body)["status"]["allowed"])
+        body = {"apiVersion": ACCESS.api, "kind": ACCESS.name, "spec": {"resourceAttributes": attributes}}
+        return bool(self._json("POST", self._path(ACCESS), body=body)["status"]["allowed"])
 
     def version(self) -> tuple[int, int]:
         """The server's version, for instance (1, 37)."""
@@ -190,7 +152,7 @@ class Cluster:
             try:
                 found: Manifest = json.loads(response.read())
             except Exception as error:  # the connection broke, or a proxy answered in between
-                raise _transient(error) from error
+                raise of_failure(error) from error
             return found
 
         return self._retried(ask)
@@ -203,7 +165,7 @@ class Cluster:
             return max(0.5 * 2.0**state.attempt_number, min(float(getattr(error, "after", 0.0)), 10.0))
 
         trying = Retrying(
-            retry=retry_if_exception_type(_Transient), stop=stop_after_attempt(TRIES), wait=pause, reraise=False
+            retry=retry_if_exception_type(Transient), stop=stop_after_attempt(TRIES), wait=pause, reraise=False
         )
         try:
             return trying(ask)
@@ -227,15 +189,15 @@ class Cluster:
         self.requests += 1
         headers = {"Accept": "application/json, */*", "Content-Type": content, "User-Agent": "tunejob"}
         asked = urlencode({key: value for key, value in query.items() if value})
-        url = f"{self.server}{path}" + (f"?{asked}" if asked else "")
+        url = f"{self.client.configuration.host}{path}" + (f"?{asked}" if asked else "")
         try:
             self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
             response = self.client.call_api(method, url, headers, body=body, _request_timeout=timeout)
         except Exception as error:
-            raise _transient(error) from error
+            raise of_failure(error) from error
         self._hear(response.headers)
         if response.status >= 300:
-            raise _error(self, response, path)
+            raise of_answer(self.server, self.namespace, response, path)
         return response
 
     def _hear(self, headers: Any) -> None:
@@ -254,17 +216,9 @@ class Cluster:
             response.response.close()
             raise
         except Exception as error:
-            raise ClusterUnreachable(f"{self.server}: the log's connection broke ({_said(error)})") from error
+            raise ClusterUnreachable(f"{self.server}: the log's connection broke ({said(error)})") from error
         if rest:
             yield rest.decode("utf-8", errors="replace")
-
-
-class _Absent(NotFound):
-    """A proven 404 of the object that was asked for."""
-
-
-class _NotStarted(LauncherError):
-    """The container has no log yet."""
 
 
 def open_cluster(context: str | None = None, namespace: str | None = None, kubeconfig: Path | None = None) -> Cluster:
@@ -292,7 +246,7 @@ def open_cluster(context: str | None = None, namespace: str | None = None, kubec
         usual = _usual_namespace(config, file, context)
     except Exception as error:
         if context or kubeconfig or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            raise ClusterUnreachable(_no_config(file, context, _said(error))) from None
+            raise ClusterUnreachable(_no_config(file, context, said(error))) from None
         config.load_incluster_config(client_configuration=settings)
         usual = _OWN_NAMESPACE.read_text(encoding="utf-8").strip()
     return Cluster(ApiClient(settings), namespace or usual or "default")
@@ -307,73 +261,3 @@ def _usual_namespace(config: Any, file: str, context: str | None) -> str:
 def _no_config(file: str, context: str | None, said: str) -> str:
     what = f"no context {context} that can be used" if context else "no usable current context"
     return f"{file}: {what} ({said}); kubectl config get-contexts lists them, and the profile's `context` chooses one"
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, in one line."""
-    reason = getattr(error, "reason", None)
-    text = str(reason if isinstance(reason, Exception | str) else error) or type(error).__name__
-    return " ".join(re.sub(r"<[^>]* object at 0x[0-9a-f]+>:? ?", "", text).split())
-
-
-def _transient(error: Exception) -> Exception:
-    """No answer is asked for again; a wrong certificate or a failing login program is not."""
-    text = _said(error)
-    if "certificate" in text.lower():
-        return ClusterUnreachable(f"the API server's certificate is not trusted ({text}); check the kubeconfig's CA")
-    if "exec" in text.lower() and "ConfigException" in type(error).__name__:
-        return ClusterUnreachable(f"the kubeconfig's login program failed ({text}); log in again")
-    return _Transient(text)
-
-
-def _error(cluster: Cluster, response: Any, path: str) -> Exception:
-    """What an answer of 300 or more means."""
-    status = _status(response)
-    message = " ".join(str(status.get("message") or response.reason or "no reason given").split())
-    code, reason = int(response.status), status.get("reason", "")
-    if code == 401:
-        return ClusterUnreachable(
-            f"{cluster.server}: the credentials of the kubeconfig are not accepted (401); log in to the cluster again"
-        )
-    if code == 403:
-        return _forbidden(cluster, message)
-    if code == 404:
-        return _absent(cluster, status, message, path)
-    if code == 429 or code >= 500:
-        after = str(response.headers.get("Retry-After") or "")
-        return _Transient(f"{code}: {message}", float(after) if after.isdecimal() else 0.0)
-    if code == 400 and "/log" in path:
-        return _NotStarted(message)
-    if code == 409 and reason == "Conflict":
-        return Refused(f"{message}; another manager has changed it since: compare with kubectl diff")
-    return Refused(f"the cluster refuses it: {message}")
-
-
-def _forbidden(cluster: Cluster, message: str) -> LauncherError:
-    """RBAC is a missing permission; admission and quota stand in the way of what may otherwise be done."""
-    denied = _RBAC.search(message)
-    if denied is None:
-        return Refused(f"namespace {cluster.namespace} refuses it: {message}")
-    return NotAllowed(
-        f"{denied['user']} may not {denied['verb']} {denied['resource']} in namespace {cluster.namespace}; ask for a "
-        "RoleBinding to the role tunejob-submitter (tunejob-viewer to look only): k8s/ of the project has both"
-    )
-
-
-def _absent(cluster: Cluster, status: Mapping[str, Any], message: str, path: str) -> LauncherError:
-    """The object is not there; its namespace is not there; or the server does not know such a kind."""
-    details = status.get("details") or {}
-    if details.get("kind") == "namespaces":
-        return NotFound(
-            f"no namespace {cluster.namespace} on {cluster.server}: name another in the profile, or have it made "
-            "(kubectl apply -k k8s/)"
-        )
-    return _Absent(f"{path}: {message}")
-
-
-def _status(response: Any) -> Mapping[str, Any]:
-    try:
-        found = json.loads(response.read())
-    except Exception:  # not the API server's own answer
-        return {}
-    return found if isinstance(found, dict) else {}

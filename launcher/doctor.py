@@ -2,27 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from job.errors import JobError
-from launcher.cluster import (
+from launcher.cluster import Cluster
+from launcher.codes import Code, LauncherError, NotAllowed, NotFound
+from launcher.kinds import (
     CONFIG_MAPS,
-    CRON_JOBS,
-    EVENTS,
-    JOBS,
-    LIMIT_RANGES,
-    LOCAL_QUEUES,
     NAMESPACES,
     NODES,
-    PODS,
     QUOTAS,
     SECRETS,
     SERVICE_ACCOUNTS,
-    WORKLOADS,
-    Cluster,
     Kind,
 )
-from launcher.codes import Code, LauncherError, NotAllowed, NotFound
+from launcher.permissions import PERMISSIONS, QUEUEING, ROLES
 from launcher.pod import CA_KEY, HUB_KEY, S3_KEY
 from launcher.preflight import ENFORCE, queue_problem, version_finding
 from launcher.quantity import amount
@@ -52,40 +46,6 @@ class Check:
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {"check": self.name, "state": self.state, "found": self.sentence, "try": self.remedy}
-
-
-@dataclass(frozen=True)
-class Need:
-    """One permission."""
-
-    verbs: tuple[str, ...]
-    kind: Kind
-    subresource: str = ""
-
-    @property
-    def resource(self) -> str:
-        """As RBAC writes it."""
-        return self.kind.plural + (f"/{self.subresource}" if self.subresource else "")
-
-
-PERMISSIONS: Final[dict[str, tuple[Need, ...]]] = {
-    "look": (
-        Need(("get", "list"), JOBS),
-        Need(("list",), CRON_JOBS),
-        Need(("list",), PODS),
-        Need(("get",), PODS, "log"),
-        Need(("get", "list"), CONFIG_MAPS),
-        Need(("list",), EVENTS),
-        Need(("list",), QUOTAS),
-        Need(("list",), LIMIT_RANGES),
-        Need(("get",), SERVICE_ACCOUNTS),
-    ),
-    "submit": (Need(("create", "patch", "delete"), JOBS), Need(("create", "patch", "delete"), CONFIG_MAPS)),
-    "schedule": (Need(("create", "patch", "delete"), CRON_JOBS),),
-}
-"""What for -> the permissions it takes, as the Roles of ``k8s/`` grant them."""
-ROLES: Final = {"look": "tunejob-viewer", "submit": "tunejob-submitter", "schedule": "tunejob-scheduler"}
-QUEUEING: Final = (Need(("list",), LOCAL_QUEUES), Need(("list",), WORKLOADS))
 
 
 def examine(cluster: Cluster | LauncherError, profile: "Profile", store_probe: Probe | None = None) -> list[Check]:

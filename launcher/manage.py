@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launcher import runs
-from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS, Cluster
+from launcher.cluster import Cluster
 from launcher.codes import NotFound, Refused
+from launcher.kinds import CONFIG_MAPS, CRON_JOBS, JOBS
 from launcher.labels import RUN
 from launcher.runs import Run
 from launcher.submit import Say, Submitted, spec_of, submit, wait_until_gone

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from launcher import runs
-from launcher.cluster import WORKLOADS, Cluster
+from launcher.cluster import Cluster
 from launcher.codes import ClusterUnreachable, Deleted, NotAllowed, NotFound, Refused, TimedOut
+from launcher.kinds import WORKLOADS
 from launcher.runs import Run
 
 T = TypeVar("T")

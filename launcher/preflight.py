@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from launcher.capacity import outside_of_limits, short_of_quota, template_of
-from launcher.cluster import (
+from launcher.cluster import Cluster
+from launcher.codes import ClusterUnreachable, LauncherError, NotAllowed, NotFound, Refused
+from launcher.kinds import (
     CONFIG_MAPS,
     CRON_JOBS,
     JOBS,
@@ -19,10 +21,8 @@ from launcher.cluster import (
     NODES,
     QUOTAS,
     SERVICE_ACCOUNTS,
-    Cluster,
     Kind,
 )
-from launcher.codes import ClusterUnreachable, LauncherError, NotAllowed, NotFound, Refused
 from launcher.labels import QUEUE, Manifest
 from launcher.quantity import amount
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launcher.cluster import CRON_JOBS, JOBS, NAMESPACES, PODS, Cluster
+from launcher.answers import no_namespace
+from launcher.cluster import Cluster
 from launcher.codes import NotAllowed, NotFound
+from launcher.kinds import CRON_JOBS, JOBS, NAMESPACES, PODS
 from launcher.labels import JOB_NAME, OUTPUT, QUEUE, RUN, SPEC_DIGEST, Manifest, run_of
 
 State = Literal["scheduled", "queued", "pending", "running", "complete", "failed", "deleting"]
@@ -267,10 +269,7 @@ def require_namespace(cluster: Cluster) -> None:
             return
     except NotAllowed:
         return
-    raise NotFound(
-        f"no namespace {cluster.namespace} on {cluster.server}: name another in the profile, or have it made "
-        "(kubectl apply -k k8s/)"
-    )
+    raise no_namespace(cluster.server, cluster.namespace)
 
 
 def _found(cluster: Cluster, name: str) -> Manifest:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from job.errors import SpecInvalid
 from job.spec import differences, parse
 from launcher import runs
-from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS, Cluster
+from launcher.cluster import Cluster
 from launcher.codes import LauncherError, NotFound, Refused, RunFailed, TimedOut
+from launcher.kinds import CONFIG_MAPS, CRON_JOBS, JOBS
 from launcher.labels import NAME, SPEC_DIGEST, Manifest
 from launcher.runs import Run
 

@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 from launcher.causes.cause import Cause
-from launcher.cluster import PODS, Cluster
+from launcher.cluster import Cluster
 from launcher.codes import ClusterUnreachable, Code, Refused, Stuck
+from launcher.kinds import PODS
 from launcher.poll import Clock, Poll, Say
 from launcher.runs import Attempt, Run
 from launcher.stream import Line, stream

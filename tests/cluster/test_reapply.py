@@ -8,8 +8,8 @@ import pytest
 
 from job.spec import JobSpec, read
 from launcher import bundle, profile
-from launcher.cluster import CONFIG_MAPS, CRON_JOBS, JOBS
 from launcher.documents import EXAMPLES
+from launcher.kinds import CONFIG_MAPS, CRON_JOBS, JOBS
 from launcher.render import Rendered, render
 from launcher.verbs import Door
 from tests.cluster.kit import ROOT, Kit

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.cluster import JOBS, PODS, WORKLOADS, Kind
 from launcher.codes import ClusterUnreachable, NotFound
+from launcher.kinds import JOBS, PODS, WORKLOADS, Kind
 from launcher.labels import OUTPUT, RUN, Manifest
 from launcher.runs import Run, of
 

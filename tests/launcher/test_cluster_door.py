@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launcher.cluster import CONFIG_MAPS, JOBS, PODS, open_cluster
+from launcher.answers import of_failure
+from launcher.cluster import open_cluster
 from launcher.codes import ClusterUnreachable, Code, LauncherError, NotAllowed, NotFound, Refused
-from tests.launcher.api import Answer, refusal, served
+from launcher.kinds import CONFIG_MAPS, JOBS, PODS
+from launcher.permissions import PERMISSIONS, ROLES
+from tests.launcher.api import Answer, kubeconfig, refusal, served
 
+ROOT = Path(__file__).resolve().parents[2]
 JOB = "/apis/batch/v1/namespaces/team/jobs"
 MAP = "/api/v1/namespaces/team/configmaps/run-spec"
 THING = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "run-spec"}}
@@ -72,6 +77,37 @@ def test_what_the_server_refuses_is_one_sentence_and_is_not_asked_again(
     assert caught.value.exit_code in (Code.CLUSTER, Code.REFUSED)
 
 
+@pytest.mark.parametrize(
+    ("verb", "resource", "where", "words"),
+    [
+        ("list", "jobs", 'in the namespace "team"', "role tunejob-viewer"),
+        ("get", "pods/log", 'in the namespace "team"', "role tunejob-viewer"),
+        ("get", "namespaces", 'in the namespace "team"', "role tunejob-viewer"),
+        ("patch", "configmaps", 'in the namespace "team"', "role tunejob-submitter"),
+        ("patch", "cronjobs", 'in the namespace "team"', "role tunejob-scheduler"),
+        ("get", "secrets", 'in the namespace "team"', "no role of k8s/ grants it"),
+        ("list", "nodes", "at the cluster scope", "cluster-wide: no Role grants it, and no run needs it"),
+    ],
+)
+def test_a_missing_permission_names_the_role_that_has_it(
+    tmp_path: Path, verb: str, resource: str, where: str, words: str
+) -> None:
+    said = f'x is forbidden: User "ada" cannot {verb} resource "{resource}" in API group "" {where}'
+    with served(tmp_path, {f"GET {JOB}": refusal(403, said, "Forbidden")}) as (cluster, _):
+        with pytest.raises(NotAllowed, match=f"ada may not {verb} {resource}.*{words}") as caught:
+            cluster.list(JOBS)
+        assert ("in namespace team" in str(caught.value)) == (where != "at the cluster scope")
+
+
+def test_every_permission_that_is_granted_to_a_purpose_stands_in_its_role() -> None:
+    for purpose, needs in PERMISSIONS.items():
+        role = next(yaml.safe_load_all((ROOT / "k8s" / f"{ROLES[purpose].partition('-')[2]}.yaml").read_text("utf-8")))
+        granted = {
+            (verb, resource) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]
+        }
+        assert {(verb, need.resource) for need in needs for verb in need.verbs} <= granted
+
+
 @pytest.mark.parametrize("first", [Answer(breaks=True), refusal(503, "etcd leader changed"), refusal(429, "slow down")])
 def test_an_answer_that_got_lost_is_asked_for_again(tmp_path: Path, first: Answer) -> None:
     with served(tmp_path, {f"PATCH {MAP}": [first, Answer(body=THING)]}) as (cluster, script):
@@ -125,6 +161,21 @@ def test_the_log_of_a_container_that_has_not_started_is_empty(tmp_path: Path) ->
     waiting = refusal(400, 'container "tunejob" in pod "p" is waiting to start: ContainerCreating', "BadRequest")
     with served(tmp_path, {"GET /api/v1/namespaces/team/pods/p/log": waiting}) as (cluster, _):
         assert list(cluster.log("p")) == []
+
+
+def test_a_bad_request_in_a_namespace_called_log_is_no_container_that_waits(tmp_path: Path) -> None:
+    bad = refusal(400, "unable to parse requirement", "BadRequest")
+    with served(tmp_path, {"GET /apis/batch/v1/namespaces/logs/jobs": bad}) as (cluster, _):
+        cluster.namespace = "logs"
+        with pytest.raises(Refused, match="unable to parse"):
+            cluster.list(JOBS)
+
+
+def test_the_password_in_an_address_is_used_and_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(kubeconfig("http://ada:secret@127.0.0.1:9"), encoding="utf-8")
+    cluster = open_cluster("stub", "team", tmp_path / "config")
+    assert cluster.server == "http://***@127.0.0.1:9"
+    assert "secret" not in str(of_failure(ValueError("cannot parse http://ada:secret@host:1/path")))
 
 
 @pytest.mark.parametrize(

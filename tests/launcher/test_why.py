@@ -438,6 +438,19 @@ def test_a_source_that_may_not_be_read_is_told_last_with_its_permission(tmp_path
     assert "ada may not list events" in causes[-1].seen[0]
 
 
+def test_nodes_that_may_not_be_looked_at_are_left_out_without_advice(tmp_path: Path) -> None:
+    trouble = TROUBLES["gpu"]
+    message = 'nodes is forbidden: User "ada" cannot list resource "nodes" in API group "" at the cluster scope'
+    answers = {
+        "GET /api/v1/namespaces/team/events": Answer(body={"items": trouble["events"]}),
+        "GET /api/v1/nodes": refusal(403, message, "Forbidden"),
+    }
+    with served(tmp_path, answers) as (cluster, script):
+        causes = diagnose(gather(cluster, runs.of(trouble["job"], trouble["pods"])))
+    assert any(path.startswith("/api/v1/nodes") for _, path, _ in script.asked)
+    assert [cause.name for cause in causes] == ["placement"]
+
+
 def test_events_are_asked_for_by_object_and_quotas_only_after_a_refusal(tmp_path: Path) -> None:
     core = "GET /api/v1/namespaces/team"
     answers = {f"{core}/{kind}": Answer(body={"items": []}) for kind in ("resourcequotas", "limitranges")}
