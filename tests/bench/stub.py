@@ -1,6 +1,6 @@
-"""An API server out of memory, for measuring: what the launcher asks is answered, counted, and nothing else is done.
+"""An API server out of memory, for measuring and for tests: what the launcher asks is answered and counted.
 
-Jobs that are applied get a pod at once, which runs for a while and succeeds.
+Jobs that are applied get a pod at once, which runs for a while and succeeds. What is owned goes with its last owner.
 """
 
 import json
@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +22,10 @@ _OBJECT = re.compile(
     r"/(?:api/v1|apis/[^/]+/[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>[a-z]+))?$"
 )
+_LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 NAMESPACE = "bench"
+Refusal = tuple[int, Manifest]
+"""A status code, and the body that comes with it."""
 
 
 class Objects:
@@ -32,6 +35,11 @@ class Objects:
         self.run_seconds = run_seconds
         self.asked: Counter[str] = Counter()
         """Requests since it was last cleared, as ``LIST jobs``."""
+        self.refuse: Callable[[str, str], Refusal | None] = lambda asked, name: None
+        """Asked before each request, as ``APPLY jobs`` (``DRY jobs`` for a dry run) and the object's name."""
+        self.logs: dict[str, str] = {}
+        """Of pods whose log is another than the usual one."""
+        self._versions = 0
         self._held: dict[tuple[str, str], Manifest] = {}
         self._text: dict[tuple[str, str], bytes] = {}
         self._ends: dict[str, float] = {}
@@ -41,14 +49,20 @@ class Objects:
 
     def put(self, plural: str, manifest: Manifest) -> Manifest:
         """Stores an object as the server would have it."""
-        metadata = {"namespace": NAMESPACE, "uid": secrets.token_hex(16), "resourceVersion": "1", "generation": 1}
-        metadata |= {"creationTimestamp": _now()} | manifest["metadata"]
+        self._versions += 1
+        metadata = {"namespace": NAMESPACE, "uid": secrets.token_hex(16), "generation": 1}
+        metadata |= {"creationTimestamp": _now()} | manifest["metadata"] | {"resourceVersion": str(self._versions)}
         stored = manifest | {"metadata": metadata}
         key = plural, metadata["name"]
         self._held[key] = stored
         # Encoded once: the time of a list is to be the launcher's, not this server's.
         self._text[key] = json.dumps(stored).encode()
         return stored
+
+    def names(self, plural: str) -> list[str]:
+        """Of everything of a kind."""
+        with self._lock:
+            return sorted(name for kind, name in self._held if kind == plural)
 
     def get(self, plural: str, name: str) -> Manifest | None:
         """One object."""
@@ -68,11 +82,14 @@ class Objects:
         return b'{"apiVersion":"v1","kind":"List","metadata":' + metadata + b',"items":[' + items + b"]}"
 
     def apply(self, plural: str, manifest: Manifest, is_dry: bool) -> Manifest:
-        """Makes an object; a Job with its pod. One that is there stays as it is."""
+        """Makes an object, a Job with its pod; of one that is there it changes what is applied otherwise."""
         with self._lock:
             there = self._held.get((plural, manifest["metadata"]["name"]))
-            if there or is_dry:
-                return there or manifest
+            if there:
+                changed = there | manifest | {"metadata": there["metadata"] | manifest["metadata"]}
+                return there if changed == there or is_dry else self.put(plural, changed)
+            if is_dry:
+                return manifest
             if plural != "jobs":
                 return self.put(plural, manifest)
             self._ends[manifest["metadata"]["name"]] = time.monotonic() + self.run_seconds
@@ -85,10 +102,31 @@ class Objects:
             there = self._held[plural, name]
             return self.put(plural, there | {"metadata": there["metadata"] | patch.get("metadata", {})})
 
-    def delete(self, plural: str, name: str) -> bool:
-        """Takes an object away."""
+    def delete(self, plural: str, name: str, fixed: Mapping[str, str]) -> int:
+        """Takes an object away, with all that is owned by it alone; gives the status code.
+
+        Args:
+            fixed: what its metadata has to be (the preconditions), else nothing is done.
+        """
         with self._lock:
-            return self._held.pop((plural, name), None) is not None
+            there = self._held.get((plural, name))
+            if there is None:
+                return 404
+            if any(there["metadata"].get(key) != value for key, value in fixed.items()):
+                return 409
+            self._take(plural, name)
+            return 200
+
+    def _take(self, plural: str, name: str) -> None:
+        gone = self._held.pop((plural, name))["metadata"]["uid"]
+        for key, one in list(self._held.items()):
+            owners = one["metadata"].get("ownerReferences") or []
+            left = [owner for owner in owners if owner["uid"] != gone]
+            is_pod_of_it = key[0] == "pods" and (one["metadata"].get("labels") or {}).get(JOB_NAME) == name
+            if is_pod_of_it or (owners and not left):
+                self._take(*key)
+            elif len(left) < len(owners):
+                self.put(key[0], one | {"metadata": one["metadata"] | {"ownerReferences": left}})
 
     def _age(self) -> None:
         """Ends the Jobs whose time has come."""
@@ -157,12 +195,16 @@ def _handler(objects: Objects) -> type[BaseHTTPRequestHandler]:
                 objects.asked["GET version"] += 1
                 return self._send({"major": "1", "minor": "37", "gitVersion": "v1.37.2"})
             plural, name, sub = self._target(url.path)
+            if self._is_refused(f"{'LOG' if sub else 'GET' if name else 'LIST'} {plural}", name):
+                return None
             if sub == "log":
                 objects.asked["GET pods/log"] += 1
                 return self._log(name, "follow" in query, query.get("timestamps") == "true")
             if name:
                 return self._found("GET", plural, name)
             objects.asked[f"LIST {plural}"] += 1
+            if wrong := wrong_selector(query.get("labelSelector", "")):
+                return self._send(wrong, 400)
             first, limit = int(query.get("continue", 0)), int(query.get("limit", 0))
             return self._send_bytes(objects.page(plural, query.get("labelSelector", ""), first, limit))
 
@@ -171,9 +213,12 @@ def _handler(objects: Objects) -> type[BaseHTTPRequestHandler]:
             plural, name, _ = self._target(url.path)
             body = self._body()
             is_apply = "apply" in str(self.headers["Content-Type"])
+            is_dry = "dryRun" in url.query
             objects.asked[f"{'APPLY' if is_apply else 'PATCH'} {plural}"] += 1
+            if self._is_refused(f"{'DRY' if is_dry else 'APPLY' if is_apply else 'PATCH'} {plural}", name):
+                return None
             if is_apply:
-                return self._send(objects.apply(plural, body, "dryRun" in url.query))
+                return self._send(objects.apply(plural, body, is_dry))
             return self._send(objects.merge(plural, name, body))
 
         def do_POST(self) -> None:
@@ -182,10 +227,19 @@ def _handler(objects: Objects) -> type[BaseHTTPRequestHandler]:
             self._send(self._body() | {"status": {"allowed": True}}, 201)
 
         def do_DELETE(self) -> None:
-            self._body()
+            body = self._body()
             plural, name, _ = self._target(urlsplit(self.path).path)
             objects.asked[f"DELETE {plural}"] += 1
-            self._send({"kind": "Status", "status": "Success"}, 200 if objects.delete(plural, name) else 404)
+            if not self._is_refused(f"DELETE {plural}", name):
+                code = objects.delete(plural, name, body.get("preconditions") or {})
+                self._send({"kind": "Status", "reason": "Conflict" if code == 409 else ""}, code)
+
+        def _is_refused(self, asked: str, name: str) -> bool:
+            """Whether the request got the answer that a test has for it."""
+            refusal = objects.refuse(asked, name)
+            if refusal:
+                self._send(refusal[1], refusal[0])
+            return refusal is not None
 
         def _target(self, path: str) -> tuple[str, str, str]:
             """Plural, name and subresource; the namespace itself is an object, too."""
@@ -223,6 +277,10 @@ def _handler(objects: Objects) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Type", "text/plain")
             self.send_header("Connection", "close")
             self.end_headers()
+            self.close_connection = True
+            if pod_name in objects.logs:
+                self.wfile.write(objects.logs[pod_name].encode())
+                return
             for step in (1, 2):
                 line = json.dumps({"phase": "train", "step": step, "steps": 2, "loss": 1.0 / step})
                 prefix = f"2026-01-01T00:00:0{step}.000000000Z " if has_times else ""
@@ -230,9 +288,18 @@ def _handler(objects: Objects) -> type[BaseHTTPRequestHandler]:
             self.wfile.flush()
             while is_followed and objects.is_running(pod_name):
                 time.sleep(0.1)
-            self.close_connection = True
 
     return Handler
+
+
+def wrong_selector(selector: str) -> Manifest | None:
+    """What the API server answers, with 400, to a label selector whose value is no label's; None for a right one."""
+    for part in filter(None, selector.split(",")):
+        key, _, value = part.partition("=")
+        if not _LABEL.fullmatch(value):
+            message = f'unable to parse requirement: values[0][{key}]: Invalid value: "{value}": a valid label must be'
+            return {"kind": "Status", "code": 400, "reason": "BadRequest", "message": message}
+    return None
 
 
 def _takes(selector: str, manifest: Manifest) -> bool:

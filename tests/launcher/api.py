@@ -8,8 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from launcher.cluster import Cluster, open_cluster
+from tests.bench.stub import wrong_selector
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Script:
     def next(self, method: str, path: str, body: Any) -> Answer:
         """Notes a request, and what it gets."""
         self.asked.append((method, path, body))
+        selector = parse_qs(urlsplit(path).query).get("labelSelector", [""])[-1]
+        if wrong := wrong_selector(selector):
+            return Answer(400, wrong)
         waiting = self.answers.get(f"{method} {path.partition('?')[0]}")
         if not waiting:
             return refusal(404, f"nothing written down for {method} {path}", "NotFound")
