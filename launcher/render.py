@@ -56,8 +56,11 @@ class Rendered:
         return [self.config_map, self.workload]
 
 
-def render(spec: JobSpec, profile: Profile) -> Rendered:
+def render(spec: JobSpec, profile: Profile, fire: str = "") -> Rendered:
     """The objects of the run that a spec describes, on the cluster that a profile describes.
+
+    Args:
+        fire: id of one fire of a schedule's spec, which is to go on by a Job of its own; not the schedule again.
 
     Raises:
         SpecInvalid: spec and profile do not fit each other, or no pod could carry out the spec.
@@ -65,10 +68,13 @@ def render(spec: JobSpec, profile: Profile) -> Rendered:
     gpu = _gpu_type(spec, profile)
     if problems := list(_problems(spec)):
         raise SpecInvalid("\n".join(problems))
-    run = run_id(spec)
+    run = fire or run_id(spec)
+    is_schedule = bool(spec.scheduling.cron) and not fire
     config_map = _config_map(spec, profile, run)
-    labels = _labels(run, spec, profile) | ({PER_FIRE: "true"} if spec.scheduling.cron else {})
+    labels = _labels(run, spec, profile) | ({PER_FIRE: "true"} if is_schedule else {})
     pod = template(spec, profile, gpu, labels, config_map["metadata"]["name"])
+    if fire:  # its pod would look for its folder by the Job's name, and this Job has another than the schedule's
+        pod["spec"]["containers"][0]["args"] = ["run", "--folder", f"{profile.store.output.rstrip('/')}/{fire}"]
     kube_job = {
         "backoffLimit": BACKOFF_LIMIT,
         "activeDeadlineSeconds": spec.resources.deadline_seconds,
@@ -81,7 +87,7 @@ def render(spec: JobSpec, profile: Profile) -> Rendered:
     }
     notes = {OUTPUT: profile.store.output, SPEC_DIGEST: digest(spec)}
     queueing = _queueing(spec, profile)
-    if spec.scheduling.cron:
+    if is_schedule:
         workload = _cron_job(spec, profile, labels, labels | queueing, notes, kube_job)
     else:
         name = f"{run}-{_job_digest(kube_job, queueing, config_map)}"
@@ -125,7 +131,7 @@ def _cron_job(
     """The schedule. It keeps its name when the spec changes, and may be pruned: else both the old and the new would
     fire. What runs under it goes on as it began.
     """
-    fire = {"metadata": {"labels": dict(job_labels), "annotations": {**notes, **KEPT}}, "spec": kube_job}
+    one_fire = {"metadata": {"labels": dict(job_labels), "annotations": {**notes, **KEPT}}, "spec": kube_job}
     return {
         "apiVersion": "batch/v1",
         "kind": "CronJob",
@@ -137,8 +143,7 @@ def _cron_job(
             "startingDeadlineSeconds": STARTING_DEADLINE_SECONDS,
             "successfulJobsHistoryLimit": 3,
             "failedJobsHistoryLimit": 3,
-            "suspend": False,
-            "jobTemplate": fire,
+            "jobTemplate": one_fire,
         },
     }
 

@@ -346,7 +346,6 @@ def test_a_schedule_makes_a_job_for_each_fire(tmp_path: Path) -> None:
         "startingDeadlineSeconds": 3600,
         "successfulJobsHistoryLimit": 3,
         "failedJobsHistoryLimit": 3,
-        "suspend": False,
     }
     assert template["spec"]["podFailurePolicy"] == pod_failure_policy()
     assert fire["metadata"]["labels"].items() >= {QUEUE: "ml", PER_FIRE: "true"}.items()
