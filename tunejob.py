@@ -49,16 +49,44 @@ __all__ = [
 ]
 
 
-def check(spec: "str | Path | Mapping[str, Any] | JobSpec", overrides: Sequence[str] = ()) -> "JobSpec":
+def check(
+    spec: "str | Path | Mapping[str, Any] | JobSpec",
+    overrides: Sequence[str] = (),
+    profile: str | None = None,
+    data: bool = False,
+    samples: "str | Path | None" = None,
+    cluster: bool = False,
+) -> "JobSpec":
     """The spec, validated and with every default spelled out.
 
     Args:
         spec: a file's name, or what would stand in the file.
         overrides: changes such as ``"training.learning_rate=1e-4"``.
+        profile: name or file; the spec has to fit it too.
+        data: prepares the data as a run would; stderr says what becomes of it.
+        samples: the same, and a few rows to this file, what is trained marked.
+        cluster: asks the profile's cluster whether it would take the spec.
 
     Raises:
         JobError: the spec cannot be used; every problem on a line of its own.
     """
+    from launcher import checking
+
+    checked = _read(spec, overrides)
+    if cluster:
+        checking.against_cluster(checked, profile, lambda line: None)
+    elif profile is not None:
+        checking.against_profile(checked, profile)
+    if data or samples:
+        from launcher.profile import load
+
+        known = load(profile) if profile is not None or cluster else None
+        if code := checking.look_at_data(checked, known, str(samples) if samples else None, is_talk=True):
+            raise error_for(code, f"{checked.name}: its data cannot be used (exit {code}); the lines above say why")
+    return checked
+
+
+def _read(spec: "str | Path | Mapping[str, Any] | JobSpec", overrides: Sequence[str]) -> "JobSpec":
     from job.spec import JobSpec, parse, read, resolved
     from job.strict_yaml import dump_document
 
@@ -87,39 +115,67 @@ def train(
     from launcher.local import under, work
     from launcher.results import load
 
-    checked = check(spec, overrides)
+    checked = _read(spec, overrides)
     finished = work(checked, under(str(output), checked))
     if finished.code:
         raise error_for(finished.code, str(finished))
     return load(finished.folder)
 
 
-def results(run: "str | Path", profile: str | None = None) -> "Results":
+def results(
+    run: "str | Path",
+    profile: str | None = None,
+    download: "str | Path | None" = None,
+    everything: bool = False,
+    verify: bool = False,
+) -> "Results":
     """What a finished run left: ``results(run)["evaluation.tuned.loss"]``; None for a figure it does not have.
 
     Args:
         run: its folder, or with a profile the name of a run on the cluster.
         profile: name or file; left out: ``run`` is a folder, or the default profile's run.
+        download: folder to fetch the adapter and what belongs to it to, every file proven; ``uri`` is then that.
+        everything: fetches checkpoints and the run's records too.
+        verify: proves size and SHA-256 of every published file.
 
     Raises:
-        JobError: there is no finished run.
+        JobError: there is no finished run, or it is not what was published.
     """
+    from dataclasses import replace
+
     from launcher.verbs import results_of
 
-    return results_of(str(run), profile).results
+    found = results_of(str(run), profile)
+    if verify or download:
+        found.verified()
+    if not download:
+        return found.results
+    found.download(Path(download), everything)
+    return replace(found.results, uri=str(download))
 
 
 def render(
-    spec: "str | Path | Mapping[str, Any] | JobSpec", profile: str | None = None, overrides: Sequence[str] = ()
+    spec: "str | Path | Mapping[str, Any] | JobSpec",
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    folder: "str | Path | None" = None,
+    rerender: bool = False,
 ) -> "Rendered":
     """The manifests of a spec: ``.objects``, in the order in which they are applied. Nothing is asked.
 
-    Raises:
-        JobError: spec or profile cannot be used.
-    """
-    from launcher.verbs import rendered
+    Args:
+        folder: writes them there too, for ``kubectl apply -k`` and GitOps.
+        rerender: writes files of the same run again, after an upgrade.
 
-    return rendered(check(spec, overrides), profile)
+    Raises:
+        JobError: spec or profile cannot be used, or the folder.
+    """
+    from launcher.verbs import bundle, rendered
+
+    checked = _read(spec, overrides)
+    if folder:
+        bundle(Path(folder), checked, profile, rerender)
+    return rendered(checked, profile)
 
 
 def submit(
@@ -128,7 +184,8 @@ def submit(
     overrides: Sequence[str] = (),
     replace: bool = False,
 ) -> "Submitted":
-    """Puts a run on the cluster, or finds it there; ``.run`` is the run. Returns when its first pod stands.
+    """Puts a run on the cluster, or finds it there; ``.run`` is the run, ``.remarks`` what the server warned of, quota,
+    and runs of the same name. Returns when its first pod stands.
 
     Args:
         replace: takes another active Job of the same run away first.
@@ -136,7 +193,7 @@ def submit(
     Raises:
         JobError: what stands against it; ``exit_code`` as the command's.
     """
-    return _door(profile).submit(check(spec, overrides), replace)
+    return _door(profile).submit(_read(spec, overrides), replace)
 
 
 def runs(profile: str | None = None) -> "list[Run]":
@@ -154,23 +211,32 @@ def status(run: str, profile: str | None = None) -> dict[str, Any]:
 
 
 def logs(run: str, profile: str | None = None, follow: bool = False, tail: int | None = None) -> "Iterator[Line]":
-    """The lines of every attempt's log, oldest first; with ``follow`` until the run ends."""
+    """The lines of every attempt's log, oldest first; with ``follow`` until the run ends.
+
+    Args:
+        tail: only so many lines at the end of each attempt.
+    """
     return _door(profile).logs(run, follow, tail)
 
 
 def wait(
-    run: str, profile: str | None = None, timeout: float | None = None, start_timeout: float | None = None
+    run: str,
+    profile: str | None = None,
+    timeout: float | None = None,
+    start_timeout: float | None = None,
+    verify: bool = False,
 ) -> "Run":
     """The run once it has ended, complete or failed: ``.state`` says which.
 
     Args:
         timeout: seconds until it has ended.
         start_timeout: seconds until a pod of it runs.
+        verify: proves every file in the store when it is complete.
 
     Raises:
         JobError: it cannot start, the time is over, or it was deleted.
     """
-    return _door(profile).wait(run, timeout, start_timeout)
+    return _door(profile).wait(run, timeout, start_timeout, verify)
 
 
 def why(run: str, profile: str | None = None) -> "list[Cause]":

@@ -5,10 +5,12 @@ an upgrade of tunejob, or of the image, gives no finished run a second Job.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from job.errors import AccessDenied, DiskFailure, SpecInvalid
 from job.spec import JobSpec, parse, resolved
 from job.strict_yaml import dump_document, parse_document
 from launcher.labels import RUN
@@ -30,23 +32,45 @@ def write(folder: Path, spec: JobSpec, profile: Profile, rerender: bool = False)
         rerender: writes a run's files again though its spec has not changed: another image, another profile.
 
     Raises:
-        SpecInvalid: the spec cannot be rendered, or a file in the folder is not what tunejob wrote.
+        SpecInvalid: the spec cannot be rendered, or what is in the folder is not what tunejob wrote.
+        AccessDenied, DiskFailure: the folder cannot be written to.
     """
-    rendered = render(spec, profile)
-    found = objects(rendered)
+    with _of_folder(folder):
+        return _write(folder, render(spec, profile), spec, rerender)
+
+
+def _write(folder: Path, rendered: Rendered, spec: JobSpec, rerender: bool) -> list[Path]:
+    found, index = objects(rendered), folder / KUSTOMIZATION
+    before = _mapping(index) if index.is_file() else {}
+    if not _are_names(before.get("resources")):
+        raise SpecInvalid(f"{index}: resources: not a list of names; mend it, or remove the file")
+    written: list[Path] = []
     if rerender or not _is_there(folder, rendered, spec):
         for name, text in found.items():
             _replace(folder / name, text)
         written = [folder / name for name in found]
-    else:
-        written = []
-    index = folder / KUSTOMIZATION
-    before = _mapping(index) if index.is_file() else {}
     text = kustomization((path.name for path in (folder / OBJECTS).glob("*.yaml")), before)
     if not index.is_file() or index.read_text(encoding="utf-8") != text:
         _replace(index, text)
         written.append(index)
     return written
+
+
+@contextmanager
+def _of_folder(folder: Path) -> Iterator[None]:
+    """What the disk says, in a sentence."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise SpecInvalid(f"{error.filename or folder}: in the way; -o {folder} has to be a folder, or new") from None
+    except PermissionError as error:
+        raise AccessDenied(f"{error.filename or folder}: this user may not write it; name another folder") from None
+    except OSError as error:
+        raise DiskFailure(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+
+
+def _are_names(resources: object) -> bool:
+    return resources is None or (isinstance(resources, list) and all(isinstance(name, str) for name in resources))
 
 
 def objects(rendered: Rendered) -> dict[str, str]:
@@ -74,10 +98,17 @@ def _is_there(folder: Path, rendered: Rendered, spec: JobSpec) -> bool:
     if not all(path.is_file() for path in paths):
         return False
     config_map = _mapping(paths[0])
-    if (config_map.get("metadata", {}).get("labels") or {}).get(RUN) != rendered.run:
+    if _at(config_map, "metadata", "labels", RUN) != rendered.run:
         return False
-    written = (config_map.get("data") or {}).get(SPEC_FILE, "")
-    return resolved(parse(written, str(paths[0]))) == resolved(spec)
+    written = _at(config_map, "data", SPEC_FILE)
+    return isinstance(written, str) and resolved(parse(written, str(paths[0]))) == resolved(spec)
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """What stands below keys; None where people left something else."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _mapping(path: Path) -> dict[str, Any]:

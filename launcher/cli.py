@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from job.errors import JobError
 from job.exits import ExitCode
-from launcher.codes import Code, Refused
-from launcher.commands import Command, add_profile, add_to, say
+from launcher import checking
+from launcher.codes import Code, Detached
+from launcher.options import Command, add_format, add_profile, add_to
+from launcher.terminal import calling_with, say, show
 
 if TYPE_CHECKING:
     from job.spec import JobSpec
@@ -31,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     arguments = parser.parse_args(words, argparse.Namespace(words=words))
+    calling_with(getattr(arguments, "profile", None))
     try:
         return int(commands[arguments.verb](arguments))
+    except Detached as left:
+        # A terminal shows ^C where its cursor stands.
+        say(f"\n{left}" if sys.stderr.isatty() else str(left))
+        return left.exit_code
     except JobError as error:
         say(f"tunejob: {error}")
         return error.exit_code
@@ -41,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return ExitCode.OK
     except KeyboardInterrupt:
+        say("interrupted")
         return Code.DETACHED
     except Exception:
         traceback.print_exc()
@@ -49,36 +57,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from job.spec import dump, read, resolved, run_id
+    from job.spec import read, resolved
 
     spec = read(Path(arguments.spec), arguments.set)
+    profile = _profile(arguments)
+    remarks: list[str] = []
     if arguments.cluster:
-        _check_cluster(arguments, spec)
+        checking.against_cluster(spec, arguments.profile, remarks.append)
     elif arguments.profile is not None:
-        from launcher.verbs import rendered
-
-        rendered(spec, arguments.profile)
-    looks = arguments.data or arguments.samples
-    if looks and (code := _look(arguments, spec)):
+        checking.against_profile(spec, arguments.profile)
+    looks = bool(arguments.data or arguments.samples)
+    if looks and (code := checking.look_at_data(spec, profile, arguments.samples, arguments.output != "table")):
         return code
     if arguments.print:
-        print(dump(resolved(spec)), end="")
+        show(_text(arguments, resolved(spec)))
     else:
-        print(f"{arguments.spec}: ok; run {run_id(spec)}, {spec.method} on {spec.model.name}")
-        if not looks:
-            _tell_memory(arguments, spec)
+        _checked(arguments, spec, [] if looks else _memory(spec, profile), remarks)
     return ExitCode.OK
 
 
-def _tell_memory(arguments: argparse.Namespace, spec: "JobSpec") -> None:
-    """The estimate where the model is here: goes with the result. Why there is none is talk."""
+def _text(arguments: argparse.Namespace, spec: "JobSpec") -> str:
+    from job.spec import dump
+    from launcher.show import as_text
+
+    is_json = arguments.output == "json"
+    return as_text(spec.model_dump(mode="json", by_alias=True), "json") if is_json else dump(spec).rstrip("\n")
+
+
+def _checked(arguments: argparse.Namespace, spec: "JobSpec", memory: list[str], remarks: list[str]) -> None:
+    """Prints what a good spec comes to. Why there is no estimate of its memory is talk, an estimate a result."""
+    from job.spec import run_id
+    from launcher.show import as_text
+
+    for line in remarks:
+        say(line)
+    record = {"run": run_id(spec), "method": spec.method, "model": spec.model.name}
+    if arguments.output != "table":
+        show(as_text({"spec": arguments.spec, **record, "memory": memory, "remarks": remarks}, arguments.output))
+        return
+    show(f"{arguments.spec}: ok; run {record['run']}, {spec.method} on {spec.model.name}")
+    for line in memory:
+        say(line) if len(memory) == 1 else show(line)
+
+
+def _memory(spec: "JobSpec", profile: "Profile | None") -> list[str]:
     from launcher.memory import lines_of, room_of
 
-    lines = list(lines_of(spec, room_of(spec, _profile(arguments))))
-    if len(lines) == 1:
-        say(lines[0])
-    else:
-        print("\n".join(lines))
+    return list(lines_of(spec, room_of(spec, profile)))
 
 
 def _profile(arguments: argparse.Namespace) -> "Profile | None":
@@ -87,36 +112,12 @@ def _profile(arguments: argparse.Namespace) -> "Profile | None":
     return load(arguments.profile) if arguments.profile is not None or arguments.cluster else None
 
 
-def _look(arguments: argparse.Namespace, spec: "JobSpec") -> int:
-    """Looks at model and data, with the profile's store where one is named."""
-    from launcher.local import look
-    from launcher.memory import room_of
-
-    profile = _profile(arguments)
-    if profile is None:
-        return look(spec, {}, arguments.samples)
-    from launcher.remote import settings_of
-
-    return look(spec, settings_of(profile), arguments.samples, room_of(spec, profile))
-
-
-def _check_cluster(arguments: argparse.Namespace, spec: "JobSpec") -> None:
-    """Raises Refused with everything that stands against the spec on the cluster."""
-    from launcher.verbs import Door
-
-    findings = Door(arguments.profile, say).look(spec)
-    for line in findings.warnings:
-        say(line)
-    if findings.refusals:
-        raise Refused("\n".join(findings.refusals))
-
-
 def _schema(_: argparse.Namespace) -> int:
     import json
 
     from job.spec import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    show(json.dumps(json_schema(), indent=2, ensure_ascii=False))
     return ExitCode.OK
 
 
@@ -155,7 +156,7 @@ def _report(finished: "Finished", again: list[str]) -> int:
         from launcher.results import load
         from launcher.summary import summary
 
-        print(summary(load(finished.folder)))
+        show(summary(load(finished.folder)))
     elif finished.code == ExitCode.INTERRUPTED:
         say(f"interrupted; what was committed so far is kept. To go on:\n  {shlex.join([*_program(), *again])}")
     elif finished.remark:
@@ -167,7 +168,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from launcher.compare import table
     from launcher.results import load
 
-    print(table([load(uri) for uri in arguments.runs], arguments.lang))
+    show(table([load(uri) for uri in arguments.runs], arguments.lang))
     return ExitCode.OK
 
 
@@ -202,6 +203,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Command]]:
     _spec_arguments(check)
     check.add_argument("--print", action="store_true", help="print the resolved spec instead of one line")
     add_profile(check)
+    add_format(check)
     check.add_argument(
         "--data", action="store_true", help="prepare the data as a run would, and say what becomes of it"
     )

@@ -38,6 +38,8 @@ class Cluster:
     client: Any
     """``kubernetes.client.ApiClient``."""
     namespace: str
+    context: str = ""
+    """Of the kubeconfig; empty within a pod."""
     warnings: list[str] = field(default_factory=list)
     """What the server warned of so far, each once."""
     requests: int = 0
@@ -47,6 +49,11 @@ class Cluster:
     def server(self) -> str:
         """The API server's address, as people may see it."""
         return masked(str(self.client.configuration.host))
+
+    @property
+    def place(self) -> str:
+        """Where this is, as people call it."""
+        return f"context {self.context}, namespace {self.namespace}" if self.context else f"namespace {self.namespace}"
 
     def get(self, kind: Kind, name: str) -> Manifest | None:
         """One object; None if it is proven not to be there."""
@@ -81,11 +88,19 @@ class Cluster:
         query = {"fieldManager": FIELD_MANAGER}
         return self._json("PATCH", self._path(kind, name), query, dict(patch), "application/merge-patch+json")
 
-    def delete(self, kind: Kind, name: str, uid: str = "", propagation: str = "Foreground") -> bool:
-        """Asks for an object's end; False if it was not there. ``uid`` keeps its successor of the same name safe."""
+    def delete(self, kind: Kind, name: str, uid: str = "", version: str = "", propagation: str = "Foreground") -> bool:
+        """Asks for an object's end; False if it was not there.
+
+        Args:
+            uid: keeps its successor of the same name safe.
+            version: keeps it safe if anybody has changed it since.
+
+        Raises:
+            Refused: it is another, or was changed.
+        """
         options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
-        if uid:
-            options["preconditions"] = {"uid": uid}
+        if fixed := {key: value for key, value in (("uid", uid), ("resourceVersion", version)) if value}:
+            options["preconditions"] = fixed
         try:
             self._json("DELETE", self._path(kind, name), body=options)
         except Absent:
@@ -243,19 +258,20 @@ def open_cluster(context: str | None = None, namespace: str | None = None, kubec
     file = str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or "~/.kube/config"
     try:
         config.load_kube_config(file, context=context, client_configuration=settings, persist_config=False)
-        usual = _usual_namespace(config, file, context)
+        context, usual = _chosen(config, file, context)
     except Exception as error:
         if context or kubeconfig or "KUBERNETES_SERVICE_HOST" not in os.environ:
             raise ClusterUnreachable(_no_config(file, context, said(error))) from None
         config.load_incluster_config(client_configuration=settings)
         usual = _OWN_NAMESPACE.read_text(encoding="utf-8").strip()
-    return Cluster(ApiClient(settings), namespace or usual or "default")
+    return Cluster(ApiClient(settings), namespace or usual or "default", context or "")
 
 
-def _usual_namespace(config: Any, file: str, context: str | None) -> str:
+def _chosen(config: Any, file: str, context: str | None) -> tuple[str, str]:
+    """The context, and its usual namespace."""
     contexts, current = config.list_kube_config_contexts(file)
     chosen = next((one for one in contexts if one["name"] == context), current)
-    return str(chosen.get("context", {}).get("namespace") or "")
+    return str(chosen["name"]), str(chosen.get("context", {}).get("namespace") or "")
 
 
 def _no_config(file: str, context: str | None, said: str) -> str:

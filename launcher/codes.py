@@ -74,9 +74,13 @@ class Refused(LauncherError):
 
 
 class NotFound(LauncherError):
-    """No such run, or no such namespace."""
+    """It is not there: a run, a namespace, a log."""
 
     exit_code = Code.REFUSED
+
+
+class NoRun(NotFound):
+    """No such run."""
 
 
 class NoResult(LauncherError):

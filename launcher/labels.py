@@ -1,5 +1,6 @@
 """What the objects of a run are called and marked with, and how they are found again."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,12 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 """Label of Kueue's: the LocalQueue."""
 JOB_NAME = "batch.kubernetes.io/job-name"
 """Label that the Job's controller puts on its pods."""
+_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def is_value(text: str) -> bool:
+    """Whether a label may have this value; the API server refuses to look for another."""
+    return _VALUE.fullmatch(text) is not None
 
 
 def run_of(manifest: Mapping[str, Any]) -> str:

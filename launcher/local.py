@@ -23,10 +23,12 @@ _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetenso
 _NEEDED_FOR_4BIT = ("bitsandbytes",)
 _READING = ("datasets", "huggingface_hub", "psutil", "pyarrow", "transformers")
 
+_STDERR = 2
 _KILLED = {
-    signal.SIGKILL: "most often the machine ran out of memory: lower training.micro_batch_size or training.max_length",
-    signal.SIGSEGV: "a library crashed; the log above says how far it came",
+    "SIGKILL": "most often the machine ran out of memory: lower training.micro_batch_size or training.max_length",
+    "SIGSEGV": "a library crashed; the log above says how far it came",
 }
+"""By name: Windows has no SIGKILL."""
 
 
 class NotInstalled(JobError):
@@ -75,18 +77,26 @@ def work(spec: JobSpec, folder: str) -> Finished:
         code = supervised([*command, "--outcome", str(outcome)], child_environment())
         message = json.loads(outcome.read_text(encoding="utf-8"))["message"] if outcome.exists() else ""
     if code < 0:
-        name, hint = signal.Signals(-code).name, _KILLED.get(signal.Signals(-code), "start it again to go on")
+        name = signal.Signals(-code).name
+        hint = _KILLED.get(name, "start it again to go on")
         return Finished(folder, 128 - code, f"the run's process was ended by {name}; {hint}")
     return Finished(folder, code, message=message)
 
 
-def look(spec: JobSpec, settings: Mapping[str, str], samples: str | None = None, room: int | None = None) -> int:
+def look(
+    spec: JobSpec,
+    settings: Mapping[str, str],
+    samples: str | None = None,
+    room: int | None = None,
+    is_talk: bool = False,
+) -> int:
     """Prints what training would make of the spec's data; the code is the child's (``job.exits``).
 
     Args:
         settings: environment variables that say how this machine reaches the store.
         samples: file to write a few rows to, with what is trained of each.
         room: bytes of one device, to say whether the training fits it.
+        is_talk: prints it on stderr.
 
     Raises:
         NotInstalled: what reads rows is not on this machine.
@@ -96,7 +106,7 @@ def look(spec: JobSpec, settings: Mapping[str, str], samples: str | None = None,
     with spec_file(spec) as path:
         command = [sys.executable, "-m", "job.look", str(path), *(["--samples", samples] if samples else [])]
         command += ["--room", str(room)] if room else []
-        return supervised(command, {**child_environment(), **settings})
+        return supervised(command, {**child_environment(), **settings}, is_talk)
 
 
 def child_environment() -> dict[str, str]:
@@ -144,8 +154,8 @@ def spec_file(spec: JobSpec) -> Iterator[Path]:
         yield path
 
 
-def supervised(command: list[str], environment: dict[str, str]) -> int:
-    """The child's return code, negative if a signal ended it."""
+def supervised(command: list[str], environment: dict[str, str], is_talk: bool = False) -> int:
+    """The child's return code, negative if a signal ended it; ``is_talk`` sends its results to stderr too."""
     child: subprocess.Popen[bytes] | None = None
     asked: list[int] = []
 
@@ -156,7 +166,7 @@ def supervised(command: list[str], environment: dict[str, str]) -> int:
             child.send_signal(number)
 
     with _handling({signal.SIGINT: pass_on, signal.SIGTERM: pass_on}):
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(command, env=environment, stdout=_STDERR if is_talk else None)
         if signal.SIGTERM in asked:
             child.send_signal(signal.SIGTERM)
         return child.wait()

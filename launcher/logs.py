@@ -1,15 +1,17 @@
 """The log of a run: every line of every attempt once, and the store's where no pod is left."""
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from job.layout import SO_FAR, TRAINING_LOG, newest_so_far
 from launcher import runs
 from launcher.cluster import Cluster
 from launcher.codes import NotFound
-from launcher.runs import Run
+from launcher.poll import Say
+from launcher.runs import Attempt, Run
 from launcher.stream import Line, whole
-from launcher.watch import attended
+from launcher.watch import attended, ended_before
 
 if TYPE_CHECKING:
     from job.storage.store import Store
@@ -20,50 +22,52 @@ def lines(
     run: Run,
     follow: bool = False,
     tail: int | None = None,
-    all_attempts: bool = False,
     store: "Callable[[], Store] | None" = None,
+    say: Say = lambda line: None,
 ) -> Iterator[Line]:
-    """The log of every attempt whose pod is left, oldest first; without any, what the store has of all of them.
+    """The log of every attempt whose pod is left, oldest first, those of the run's earlier Jobs too; without any, what
+    the store has of all of them.
 
     Args:
         follow: goes on until the run has ended.
         tail: only so many lines at the end of each attempt.
-        all_attempts: those of earlier Jobs of the run too.
         store: opens the run's folder; asked only where no pod has a log.
+        say: takes a line for the user: a log that cannot be read.
 
     Raises:
         NotFound: there is no log, neither here nor there.
         LauncherError: the cluster does not answer, or the run was deleted while it was followed.
     """
     count = 0
-    for line in _of_pods(cluster, run, follow, tail, all_attempts):
+    for line in _of_pods(cluster, run, follow, tail, say):
         count += 1
         yield line
     if not count and tail != 0:
         yield from _stored(run, tail, store)
 
 
-def _of_pods(cluster: Cluster, run: Run, follow: bool, tail: int | None, all_attempts: bool) -> Iterator[Line]:
-    attempts = list(run.pods)
-    if all_attempts:
-        others = [one for one in runs.jobs_of(cluster, run.id) if one.uid != run.uid]
-        earlier = [runs.of(one.kube_job, runs.pods_of(cluster, one.job)) for one in others]
-        attempts = [attempt for one in earlier for attempt in one.pods] + attempts
-    before = len(attempts) - len(run.pods)
+def earlier(cluster: Cluster, run: Run) -> tuple[Attempt, ...]:
+    """The pods that are left of Jobs which were made for the run before this one, oldest first."""
+    jobs = takewhile(lambda one: one.uid != run.uid, runs.jobs_of(cluster, run.id))
+    return tuple(attempt for one in jobs for attempt in runs.of(one.kube_job, runs.pods_of(cluster, one.job)).pods)
+
+
+def _of_pods(cluster: Cluster, run: Run, follow: bool, tail: int | None, say: Say) -> Iterator[Line]:
+    before = earlier(cluster, run)
     if follow:
-        attempts = attempts[:before]
-    for number, attempt in enumerate(attempts, 1):
+        yield from attended(cluster, run, say, tail=tail, earlier=before)
+        return
+    yield from ended_before(cluster, before, say, tail)
+    for number, attempt in enumerate(run.pods, len(before) + 1):
         if attempt.has_begun:
             yield from whole(cluster, attempt.pod, number, tail)
-    if follow:
-        yield from attended(cluster, run, lambda _: None, tail=tail, attempts_before=before)
 
 
 def _stored(run: Run, tail: int | None, store: "Callable[[], Store] | None") -> Iterator[Line]:
     """The log of all attempts as the store has it: published, else the newest owner's."""
-    if not run.has_ended and any(not attempt.has_ended for attempt in run.pods):
+    if not run.has_ended and (run.has_never_begun or any(not attempt.has_ended for attempt in run.pods)):
         raise NotFound(
-            f"{run.id}: no log yet, it is {run.state}; tunejob logs -f {run.id} waits, tunejob why says more"
+            f"{run.id}: no log yet, it is {run.state}; tunejob logs -f {run.id} waits, tunejob why {run.id} says more"
         )
     opened = store() if store else None
     text = stored_text(opened) if opened else None

@@ -1,17 +1,17 @@
 """Runs as the cluster has them: a Job, its pods, and what both say. Reading only."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from job.exits import CONTAINER
 from launcher.answers import no_namespace
 from launcher.cluster import Cluster
-from launcher.codes import NotAllowed, NotFound
-from launcher.kinds import CRON_JOBS, JOBS, NAMESPACES, PODS
-from launcher.labels import JOB_NAME, OUTPUT, QUEUE, RUN, SPEC_DIGEST, Manifest, run_of
+from launcher.codes import NotAllowed
+from launcher.kinds import CRON_JOBS, JOBS, NAMESPACES, PODS, Kind
+from launcher.labels import JOB_NAME, OUTPUT, QUEUE, RUN, SPEC_DIGEST, Manifest, is_value, run_of
 
 State = Literal["scheduled", "queued", "pending", "running", "complete", "failed", "deleting"]
 _FIRE = re.compile(r"(?P<schedule>.+-[0-9a-f]{8})-[0-9a-f]{8}")
@@ -42,9 +42,13 @@ class Attempt:
     @property
     def state(self) -> Mapping[str, Any]:
         """The state of its container: ``waiting``, ``running`` or ``terminated`` with details; empty at first."""
-        statuses = self.manifest.get("status", {}).get("containerStatuses") or [{}]
-        found: Mapping[str, Any] = statuses[0].get("state") or {}
+        found: Mapping[str, Any] = _ours(self.manifest.get("status", {}).get("containerStatuses")).get("state") or {}
         return found
+
+    @property
+    def container(self) -> Mapping[str, Any]:
+        """Its container as the pod asks for it; empty where the pod says nothing of it."""
+        return _ours(self.manifest.get("spec", {}).get("containers"))
 
     @property
     def _ended(self) -> Mapping[str, Any]:
@@ -81,6 +85,12 @@ class Attempt:
         return said if isinstance(said, dict) else {}
 
 
+def _ours(containers: Sequence[Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    """Of a pod's containers, or of their statuses, ours: others may have been put beside it, and come first."""
+    there = containers or [{}]
+    return next((one for one in there if one.get("name") == CONTAINER), there[0])
+
+
 @dataclass(frozen=True)
 class Run:
     """One run, by its newest Job."""
@@ -99,6 +109,11 @@ class Run:
     def job(self) -> str:
         """The Job's name."""
         return str(self.kube_job["metadata"]["name"])
+
+    @property
+    def known_as(self) -> str:
+        """The name that means it alone: a schedule has the id of the run that its spec would be without one."""
+        return self.job if self.is_schedule else self.id
 
     @property
     def uid(self) -> str:
@@ -137,6 +152,11 @@ class Run:
     def has_ended(self) -> bool:
         """Whether its Job is complete or failed."""
         return self.state in ENDED
+
+    @property
+    def has_never_begun(self) -> bool:
+        """Whether no pod of it is known to have begun, as far as the Job tells."""
+        return not self.pods and not self._status.get("failed")
 
     @property
     def created(self) -> str:
@@ -205,10 +225,20 @@ class Run:
     @property
     def config_map(self) -> str:
         """Name of the ConfigMap with its spec; empty where it is not ours."""
-        template = self.kube_job["spec"]
-        template = template["jobTemplate"]["spec"] if self.is_schedule else template
-        volumes = template["template"]["spec"].get("volumes") or []
+        volumes = self._pod.get("volumes") or []
         return next((str(one["configMap"]["name"]) for one in volumes if one["name"] == "spec"), "")
+
+    @property
+    def grace_seconds(self) -> int:
+        """How long a pod of it that is asked to leave may take."""
+        return int(self._pod.get("terminationGracePeriodSeconds") or 30)
+
+    @property
+    def _pod(self) -> Mapping[str, Any]:
+        """What it asks for in its pods."""
+        spec = self.kube_job["spec"]["jobTemplate"]["spec"] if self.is_schedule else self.kube_job["spec"]
+        found: Mapping[str, Any] = spec.get("template", {}).get("spec") or {}
+        return found
 
     @property
     def _status(self) -> Mapping[str, Any]:
@@ -218,7 +248,7 @@ class Run:
 
 def of(kube_job: Manifest, pods: Sequence[Manifest] = ()) -> Run:
     """The run of a Job and its pods."""
-    return Run(kube_job, tuple(Attempt(pod) for pod in sorted(pods, key=_age)))
+    return Run(kube_job, tuple(Attempt(pod) for pod in sorted(pods, key=age)))
 
 
 def pods_of(cluster: Cluster, job: str) -> list[Manifest]:
@@ -226,12 +256,17 @@ def pods_of(cluster: Cluster, job: str) -> list[Manifest]:
     return cluster.list(PODS, f"{JOB_NAME}={job}")
 
 
+def labelled(cluster: Cluster, kind: Kind, run_id: str) -> list[Manifest]:
+    """The objects that carry a run's label; none for what is no label's value, as people may type it."""
+    return cluster.list(kind, f"{RUN}={run_id}") if run_id and is_value(run_id) else []
+
+
 def jobs_of(cluster: Cluster, run_id: str) -> list[Run]:
     """Every Job of a run, without pods, oldest first."""
-    labelled = cluster.list(JOBS, f"{RUN}={run_id}")
-    if not labelled and (fire := _FIRE.fullmatch(run_id)):  # it has the label of its schedule
-        labelled = cluster.list(JOBS, f"{RUN}={fire['schedule']}")
-    return [Run(one) for one in sorted(labelled, key=_age) if run_of(one) == run_id]
+    found = labelled(cluster, JOBS, run_id)
+    if fire := _FIRE.fullmatch(run_id):  # what the schedule made has the schedule's label
+        found += labelled(cluster, JOBS, fire["schedule"])
+    return [Run({"kind": "Job", **one}) for one in sorted(found, key=age) if run_of(one) == run_id]
 
 
 def listed(cluster: Cluster) -> list[Run]:
@@ -240,18 +275,7 @@ def listed(cluster: Cluster) -> list[Run]:
     found += [Run({"kind": "CronJob", **one}) for one in cluster.list(CRON_JOBS, RUN)]
     if not found:
         require_namespace(cluster)
-    return sorted(found, key=lambda run: _age(run.kube_job), reverse=True)
-
-
-def find(cluster: Cluster, name: str) -> Run:
-    """The run with an id, a Job's name, or the beginning of either; of several Jobs the newest, with its pods.
-
-    Raises:
-        NotFound: there is none, or the beginning fits several.
-    """
-    kube_job = _found(cluster, name)
-    pods = [] if kube_job.get("kind") == "CronJob" else pods_of(cluster, kube_job["metadata"]["name"])
-    return of(kube_job, pods)
+    return sorted(found, key=lambda run: age(run.kube_job), reverse=True)
 
 
 def refreshed(cluster: Cluster, run: Run) -> Run | None:
@@ -272,23 +296,6 @@ def require_namespace(cluster: Cluster) -> None:
     raise no_namespace(cluster.server, cluster.namespace)
 
 
-def _found(cluster: Cluster, name: str) -> Manifest:
-    # A fire has the label of its schedule, and an id of its own.
-    labelled = cluster.list(JOBS, f"{RUN}={name}") if len(name) < 64 else []
-    if exact := [one for one in labelled if run_of(one) == name]:
-        return max(exact, key=_age)
-    known = listed(cluster)
-    fitting = {run.id: run for run in reversed(known) if name in (run.id, run.job)} or {
-        run.id: run for run in reversed(known) if run.id.startswith(name) or run.job.startswith(name)
-    }
-    if len(fitting) == 1:
-        return next(iter(fitting.values())).kube_job
-    if fitting:
-        raise NotFound(f"{name}: fits several runs ({', '.join(sorted(fitting))}); write more of the name")
-    near = difflib.get_close_matches(name, [run.id for run in known], n=3)
-    hint = f"; near it: {', '.join(near)}" if near else "; tunejob list shows those that are there"
-    raise NotFound(f"no run {name} in namespace {cluster.namespace}{hint}")
-
-
-def _age(manifest: Manifest) -> tuple[str, str]:
+def age(manifest: Manifest) -> tuple[str, str]:
+    """Sorts the oldest first."""
     return manifest["metadata"]["creationTimestamp"], manifest["metadata"]["name"]

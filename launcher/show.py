@@ -60,11 +60,12 @@ def listed(run: Run) -> dict[str, Any]:
     }
 
 
-def status(run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:
+def status(run: Run, progress: Mapping[str, Any], trouble: object = None) -> dict[str, Any]:
     """A run as ``status`` shows it.
 
     Args:
         progress: the latest line of progress of its newest pod; empty if there is none.
+        trouble: why its log cannot be read; None if it can.
     """
     word: Mapping[str, Any] = {**progress, **run.word} if run.has_ended or not progress else progress
     known = ("phase", "step", "steps", "loss", "tokens_per_second", "committed", "memory", "message")
@@ -72,6 +73,7 @@ def status(run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:
         "run": run.id,
         "state": run.state,
         **{key: word[key] for key in known if word.get(key) not in (None, "")},
+        **({"log": str(trouble)} if trouble else {}),
         "reason": run.reason,
         "created": run.created,
         "started": run.started,
@@ -90,20 +92,22 @@ def seconds(run: Run) -> int | None:
     if not run.started:
         return None
     end = datetime.fromisoformat(run.ended) if run.ended else datetime.now(UTC)
-    return round((end - datetime.fromisoformat(run.started)).total_seconds())
+    # Two clocks: the server's may be ahead of ours.
+    return max(0, round((end - datetime.fromisoformat(run.started)).total_seconds()))
 
 
 def progress_line(progress: Mapping[str, Any]) -> str:
     """A line of progress for people: ``train 120/600  loss 1.2345  4,100 tokens/s  committed 100``."""
+    figures = {name: value for name, value in progress.items() if isinstance(value, int | float)}
     parts = [str(progress.get("phase", ""))]
-    if progress.get("steps"):
-        parts[0] += f" {progress['step']}/{progress['steps']}"
-    if progress.get("loss") is not None:
-        parts.append(f"loss {progress['loss']:.4f}")
-    if progress.get("tokens_per_second"):
-        parts.append(f"{progress['tokens_per_second']:,.0f} tokens/s")
-    if progress.get("of"):
-        parts.append(f"{progress['bytes'] / 1e6:,.0f} of {progress['of'] / 1e6:,.0f} MB")
+    if figures.keys() >= {"step", "steps"} and figures["steps"]:
+        parts[0] += f" {figures['step']}/{figures['steps']}"
+    if "loss" in figures:
+        parts.append(f"loss {figures['loss']:.4f}")
+    if figures.get("tokens_per_second"):
+        parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+    if figures.keys() >= {"bytes", "of"} and figures["of"]:
+        parts.append(f"{figures['bytes'] / 1e6:,.0f} of {figures['of'] / 1e6:,.0f} MB")
     if progress.get("committed"):
         parts.append(f"committed {progress['committed']}")
     return "  ".join(parts)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from launcher.cluster import Cluster
-from launcher.codes import ClusterUnreachable
+from launcher.codes import ClusterUnreachable, LauncherError, NotAllowed
 from launcher.poll import Clock
 from launcher.runs import Run
 
@@ -51,11 +51,21 @@ def progress(text: str) -> dict[str, Any] | None:
     return word if isinstance(word, dict) and word.keys() >= {"run", "attempt", "phase"} else None
 
 
-def latest_progress(cluster: Cluster, run: Run) -> Mapping[str, Any]:
-    """The latest word of progress of the run's newest pod that has begun; empty if there is none."""
+def latest_progress(cluster: Cluster, run: Run) -> tuple[Mapping[str, Any], LauncherError | None]:
+    """The latest word of progress of the run's newest pod that has begun, empty if there is none; and why its log
+    cannot be read, which is no failure of the run's: its node may be away, or this account may not read logs.
+    """
     begun = [attempt for attempt in run.pods if attempt.has_begun]
-    lines = list(cluster.log(begun[-1].pod, tail=LATEST_LINES)) if begun else []
-    return next((word for line in reversed(lines) if (word := progress(line)) is not None), {})
+    if not begun:
+        return {}, None
+    newest = begun[-1]
+    try:
+        lines = list(cluster.log(newest.pod, tail=LATEST_LINES))
+    except NotAllowed as error:
+        return {}, error
+    except LauncherError as error:
+        return {}, ClusterUnreachable(f"{newest.pod}: its log cannot be read, node {newest.node} may be away ({error})")
+    return next((word for line in reversed(lines) if (word := progress(line)) is not None), {}), None
 
 
 def whole(cluster: Cluster, pod: str, number: int, tail: int | None) -> Iterator[Line]:

@@ -12,7 +12,7 @@ from job.spec import differences, parse
 from launcher import runs
 from launcher.cluster import Cluster
 from launcher.codes import LauncherError, NotFound, Refused, RunFailed, TimedOut
-from launcher.kinds import CONFIG_MAPS, CRON_JOBS, JOBS
+from launcher.kinds import CONFIG_MAPS, CRON_JOBS, JOBS, Kind
 from launcher.labels import NAME, SPEC_DIGEST, Manifest
 from launcher.runs import Run
 
@@ -36,6 +36,8 @@ class Submitted:
     run: Run
     is_new: bool
     """Whether the Job was made by it; else it was there."""
+    remarks: tuple[str, ...] = ()
+    """What its user was told of: warnings of the server's, quota, runs of the same name."""
 
 
 def submit(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say, replace: bool = False) -> Submitted:
@@ -49,22 +51,28 @@ def submit(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say, re
         Refused: another Job of the run is active, another spec has the name, or quota or admission stand against it.
         RunFailed: the same Job is there, and failed.
     """
-    existing = _existing(cluster, spec, rendered, say)
+    remarks: list[str] = []
+
+    def tell(line: str) -> None:
+        remarks.append(line)
+        say(line)
+
+    existing = _existing(cluster, spec, rendered, tell)
     heard = len(cluster.warnings)
-    if existing is None:
-        _look(cluster, rendered, say)
+    if is_new := existing is None:
+        _look(cluster, rendered, tell)
         heard = len(cluster.warnings)  # what a dry run is warned of is told already
-        _make_room(cluster, rendered, say, replace)
-        _tell_of_namesakes(cluster, spec, rendered, say)
-        existing, is_new = _create(cluster, rendered), True
-    else:
-        is_new = False
+        _make_room(cluster, rendered, tell, replace)
+        _tell_of_namesakes(cluster, spec, rendered, tell)
+        existing = _create(cluster, rendered)
+        # At once: whoever is interrupted from here on has to know what goes on without him.
+        say(f"{existing.id}: submitted as {existing.kube_job['kind']} {existing.job} ({cluster.place})")
     if not existing.has_ended:
         _own(cluster, rendered.config_map, existing)
         _await_first_pod(cluster, existing)
     for text in cluster.warnings[heard:]:
-        say(f"the cluster warns: {text}")
-    return Submitted(runs.refreshed(cluster, existing) or existing, is_new)
+        tell(f"the cluster warns: {text}")
+    return Submitted(runs.refreshed(cluster, existing) or existing, is_new, tuple(remarks))
 
 
 def _existing(cluster: Cluster, spec: "JobSpec", rendered: "Rendered", say: Say) -> Run | None:
@@ -160,20 +168,25 @@ def _create(cluster: Cluster, rendered: "Rendered") -> Run:
     """The Job, its ConfigMap first. If the Job is refused, a ConfigMap that nobody uses is taken away again."""
     kind = CRON_JOBS if rendered.workload["kind"] == "CronJob" else JOBS
     was_there = cluster.get(CONFIG_MAPS, rendered.config_map["metadata"]["name"]) is not None
-    cluster.apply(CONFIG_MAPS, rendered.config_map)
+    config_map = cluster.apply(CONFIG_MAPS, rendered.config_map)
     try:
-        return Run(cluster.apply(kind, rendered.workload))
+        return Run({"kind": kind.name, **cluster.apply(kind, rendered.workload)})
     except LauncherError:
         # A server that does not answer may have made the Job all the same: then the next submit finds both.
         if not was_there:
-            _take_back(cluster, kind, rendered)
+            _take_back(cluster, kind, rendered.name, config_map)
         raise
 
 
-def _take_back(cluster: Cluster, kind: Any, rendered: "Rendered") -> None:
+def _take_back(cluster: Cluster, kind: Kind, name: str, config_map: Manifest) -> None:
+    """Deletes a ConfigMap as this submission made it, unless what is there by the workload's name reads it."""
+    metadata = config_map["metadata"]
     try:
-        if cluster.get(kind, rendered.name) is None:
-            cluster.delete(CONFIG_MAPS, rendered.config_map["metadata"]["name"], propagation="Background")
+        there = cluster.get(kind, name)
+        if there is None or Run({"kind": kind.name, **there}).config_map != metadata["name"]:
+            # Somebody who submits the same meanwhile owns it, and so has changed it.
+            version = metadata["resourceVersion"]
+            cluster.delete(CONFIG_MAPS, metadata["name"], metadata["uid"], version, propagation="Background")
     except LauncherError:
         return  # it is small, and the next submit adopts it
 
@@ -246,8 +259,7 @@ def wait_until_gone(cluster: Cluster, run: Run) -> None:
     Raises:
         TimedOut: they are still there after the grace period and some more.
     """
-    grace = run.kube_job["spec"].get("template", {}).get("spec", {}).get("terminationGracePeriodSeconds") or 30
-    end = time.monotonic() + grace + GONE_SECONDS
+    end = time.monotonic() + run.grace_seconds + GONE_SECONDS
     kind = CRON_JOBS if run.is_schedule else JOBS
     while True:
         there = cluster.get(kind, run.job)

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.errors import SpecInvalid
-from launcher.codes import LauncherError, NotFound
+from launcher.codes import LauncherError, NoRun, NotFound
 
 if TYPE_CHECKING:
     from job.spec import JobSpec
     from launcher.cluster import Cluster
     from launcher.doctor import Check
+    from launcher.manage import Doomed
     from launcher.preflight import Findings
     from launcher.profile import Profile
     from launcher.render import Rendered
     from launcher.results import Results
-    from launcher.runs import Run
+    from launcher.runs import Attempt, Run
     from launcher.stream import Line
     from launcher.submit import Submitted
     from launcher.why import Cause
@@ -53,9 +54,10 @@ class Door:
 
     def find(self, name: str) -> "Run":
         """A run by its id, its Job's name, the beginning of either, or the file of its spec."""
-        from launcher.runs import find
+        from launcher import find
 
-        return find(self.cluster, _name(name))
+        spec = _spec_of(name)
+        return find.by_spec(self.cluster, spec) if spec else find.by_name(self.cluster, name)
 
     def submit(self, spec: "JobSpec", replace: bool = False) -> "Submitted":
         """See ``launcher.submit``."""
@@ -83,24 +85,41 @@ class Door:
         from launcher.stream import latest_progress
 
         run = self.find(name)
-        return show.status(run, latest_progress(self.cluster, run))
+        return show.status(run, *latest_progress(self.cluster, run))
 
     def logs(self, name: str, follow: bool = False, tail: int | None = None) -> "Iterator[Line]":
         """The lines of every attempt's log, oldest first."""
         from launcher import logs
 
         run = self.find(name)
-        yield from logs.lines(self.cluster, run, follow, tail, store=lambda: self.store(run))
+        yield from logs.lines(self.cluster, run, follow, tail, lambda: self.store(run), self.say)
 
-    def wait(self, name: str, timeout: float | None = None, start_timeout: float | None = None) -> "Run":
-        """The run when it has ended."""
-        return self.await_end(self.find(name), timeout, start_timeout)
+    def earlier(self, run: "Run") -> "tuple[Attempt, ...]":
+        """The pods of Jobs that were made for a run before this one."""
+        from launcher.logs import earlier
+
+        return earlier(self.cluster, run)
+
+    def wait(
+        self, name: str, timeout: float | None = None, start_timeout: float | None = None, verify: bool = False
+    ) -> "Run":
+        """The run when it has ended; with ``verify`` a complete one's every file is proven in the store."""
+        ended = self.await_end(self.find(name), timeout, start_timeout)
+        if verify and ended.state == "complete":
+            self.verified(ended)
+        return ended
 
     def await_end(self, run: "Run", timeout: float | None = None, start_timeout: float | None = None) -> "Run":
         """Waits for the end of a run."""
         from launcher.watch import wait
 
         return wait(self.cluster, run, timeout, start_timeout, self.say)
+
+    def verified(self, run: "Run") -> str:
+        """A sentence once every file that a complete run published is proven. Raises NoResult if one is not."""
+        from launcher.download import verify
+
+        return str(verify(self.store(run), run.digest))
 
     def why(self, name: str) -> "list[Cause]":
         """Why a run is where it is, the likeliest cause first."""
@@ -141,17 +160,33 @@ class Door:
         cancel(self.cluster, run)
         return run
 
+    def doomed(self, name: str, data: bool = False) -> "Doomed":
+        """What deleting a run would take away, with ``data`` out of the store too."""
+        from job.spec import run_id
+        from launcher.manage import doomed, remains
+
+        root = self.profile.store.output if data else ""
+        try:
+            return doomed(self.cluster, self.find(name), root)
+        except NoRun:
+            spec = _spec_of(name)
+            if left := remains(self.cluster, run_id(spec) if spec else name, root):
+                return left
+            raise
+
     def delete(self, name: str, data: bool = False) -> list[str]:
         """Takes a run off the cluster, with ``data`` out of the store too; gives what is gone."""
-        from launcher.manage import delete, delete_data, leftover
+        return self.take_away(self.doomed(name, data))
 
-        try:
-            run = self.find(name)
-        except NotFound:
-            return leftover(self.cluster, _name(name))
-        store = self.store(run) if data else None
-        gone = delete(self.cluster, run)
-        return gone if store is None else [*gone, f"{delete_data(store)} objects below {run.output}"]
+    def take_away(self, what: "Doomed") -> list[str]:
+        """Deletes what ``doomed`` found; gives what is gone."""
+        from launcher.manage import delete, delete_data
+        from launcher.remote import open_run
+
+        # Asked first: a store that does not answer is to leave the Jobs, by which the run is found again.
+        store = open_run(what.data, self.profile) if what.data else None
+        gone = delete(self.cluster, what)
+        return gone if store is None else [*gone, f"{delete_data(store)} objects below {what.data}"]
 
     def doctor(self) -> "list[Check]":
         """Whether everything a run needs is there."""
@@ -227,15 +262,15 @@ def bundle(folder: Path, spec: "JobSpec", profile: str | None = None, rerender: 
     return write(folder, spec, load(profile), rerender)
 
 
-def _name(name: str) -> str:
-    """The id of a run, from itself or from the file of its spec."""
+def _spec_of(name: str) -> "JobSpec | None":
+    """The spec by whose file a run is named; None for a name."""
     if _is_file(name):
-        from job.spec import read, run_id
+        from job.spec import read
 
-        return run_id(read(Path(name)))
+        return read(Path(name))
     if not name.strip():
         raise SpecInvalid("the name of a run is empty; tunejob list shows those that are there")
-    return name
+    return None
 
 
 def _is_file(name: str) -> bool:

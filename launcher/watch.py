@@ -1,7 +1,7 @@
 """Looks at a run until it has ended: waits, follows, and tells when it will never begin."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from launcher.causes.cause import Cause
 from launcher.cluster import Cluster
@@ -9,7 +9,7 @@ from launcher.codes import ClusterUnreachable, Code, Refused, Stuck
 from launcher.kinds import PODS
 from launcher.poll import Clock, Poll, Say
 from launcher.runs import Attempt, Run
-from launcher.stream import Line, stream
+from launcher.stream import Line, stream, whole
 
 ASK_SECONDS = 10.0
 """Between two questions why a run does not begin; what stands in its way twice is believed."""
@@ -62,6 +62,7 @@ def follow(
     causes: Causes | None = None,
     problem: Problem | None = None,
     tail: int | None = None,
+    earlier: Sequence[Attempt] = (),
     clock: Clock = time,
 ) -> Run:
     """The run when it has ended; until then its stages are said and the lines of its log shown, each once.
@@ -71,11 +72,12 @@ def follow(
         show: takes a line of its log.
         causes: why it waits; without it only that it waits is said.
         tail: begins with so many lines of each attempt.
+        earlier: pods of earlier Jobs of the run, whose logs come first.
 
     Raises:
         LauncherError: as ``wait`` does.
     """
-    lines = attended(cluster, run, say, tail, causes=causes, problem=problem, clock=clock)
+    lines = attended(cluster, run, say, tail, causes, problem, earlier, clock)
     is_silent = True
     while True:
         try:
@@ -96,14 +98,15 @@ def attended(
     tail: int | None = None,
     causes: Causes | None = None,
     problem: Problem | None = None,
-    attempts_before: int = 0,
+    earlier: Sequence[Attempt] = (),
     clock: Clock = time,
 ) -> Generator[Line, None, Run]:
     """Yields every line of every attempt's log until the run has ended, and gives the ended run.
 
     Args:
-        attempts_before: those of earlier Jobs; numbers go on from there.
+        earlier: pods of earlier Jobs of the run, whose logs come first; numbers go on from there.
     """
+    yield from ended_before(cluster, earlier, say, tail)
     poll = Poll(cluster, run, say, None, clock)
     start = _Start(problem or _startup_problem(cluster), None, clock)
     stage = _Stage(say, causes, clock)
@@ -112,7 +115,7 @@ def attended(
     while True:
         run = poll.look()
         for attempt in run.pods:
-            numbers.setdefault(attempt.pod, attempts_before + len(numbers) + 1)
+            numbers.setdefault(attempt.pod, len(earlier) + len(numbers) + 1)
         begun = next((one for one in run.pods if one.has_begun and one.pod not in shown), None)
         stage.tell(run, begun, numbers)
         if begun:
@@ -130,6 +133,16 @@ def attended(
         else:
             start.check(run)
             poll.pause()
+
+
+def ended_before(cluster: Cluster, earlier: Sequence[Attempt], say: Say, tail: int | None) -> Iterator[Line]:
+    """The logs of pods of earlier Jobs; that one cannot be read any more keeps nobody from the others."""
+    for number, attempt in enumerate(earlier, 1):
+        try:
+            if attempt.has_begun:
+                yield from whole(cluster, attempt.pod, number, tail)
+        except ClusterUnreachable as error:
+            say(f"{attempt.pod}: its log cannot be read, node {attempt.node} may be away ({error}); the store has it")
 
 
 def outcome(run: Run, has_manifest: Callable[[], bool] | None = None) -> Code:

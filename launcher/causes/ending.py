@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from job.exits import CONTAINER, EXITS, ExitCode
+from job.exits import EXITS, ExitCode
 from launcher.causes.cause import Cause
 from launcher.causes.evidence import Evidence
 from launcher.codes import Code
@@ -97,9 +97,7 @@ def line_of(attempt: Attempt) -> str:
 
 
 def _limit(attempt: Attempt, what: str) -> str:
-    containers = attempt.manifest["spec"].get("containers") or [{}]
-    ours = next((one for one in containers if one.get("name") == CONTAINER), containers[0])
-    return str(ours.get("resources", {}).get("limits", {}).get(what) or "")
+    return str(attempt.container.get("resources", {}).get("limits", {}).get(what) or "")
 
 
 def _evicted(attempt: Attempt, run: str) -> Cause | None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from launcher.cluster import Cluster
-from launcher.codes import LauncherError, NotAllowed, NotFound
+from launcher.codes import NotAllowed, NotFound
 from launcher.kinds import EVENTS, LIMIT_RANGES, LOCAL_QUEUES, NODES, QUOTAS, WORKLOADS, Kind
 from launcher.labels import Manifest
 from launcher.runs import Attempt, Run
@@ -188,11 +188,7 @@ def _queue(reader: _Reader, run: Run) -> tuple[bool, bool, Manifest | None]:
 def _progress(reader: _Reader, run: Run) -> Mapping[str, Any]:
     if run.state != "running":
         return {}
-    try:
-        word: Mapping[str, Any] = latest_progress(reader.cluster, run)
-        return word
-    except NotAllowed as error:
-        reader.missing.append(str(error))
-    except LauncherError:  # its log cannot be had just now: its node may be away
-        pass
-    return {}
+    word, trouble = latest_progress(reader.cluster, run)
+    if isinstance(trouble, NotAllowed):
+        reader.missing.append(str(trouble))
+    return word

@@ -66,7 +66,7 @@ def _placement(evidence: Evidence) -> Found | None:
         return None
     attempt, said = unplaced
     before, _, _ = said.partition(" preemption:")
-    asked = attempt.manifest["spec"]["containers"][0].get("resources", {}).get("requests") or {}
+    asked = attempt.container.get("resources", {}).get("requests") or {}
     words, remedies = [], []
     for nodes, what in ((match["nodes"], match["what"]) for match in _LACKS.finditer(before)):
         words.append(f"{_nodes(nodes)}: too little {what}, {asked.get(what, '?')} asked{_most(evidence, what)}")

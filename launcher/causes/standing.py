@@ -94,7 +94,7 @@ def _running(evidence: Evidence) -> Found | None:
     run, word = evidence.run, evidence.progress
     if run.state != "running":
         return None
-    at = f" {word['step']}/{word['steps']}" if word.get("steps") else ""
+    at = f" {word.get('step', '?')}/{word['steps']}" if word.get("steps") else ""
     loss = f", loss {word['loss']:.4f}" if isinstance(word.get("loss"), int | float) else ""
     committed = f", last checkpoint at step {word['committed']}" if word.get("committed") else ", no checkpoint yet"
     memory = word.get("memory")

@@ -39,7 +39,7 @@ def _waiting(evidence: Evidence) -> Waiting | None:
 
 
 def _image_of(attempt: Attempt) -> str:
-    return str(attempt.manifest["spec"]["containers"][0]["image"])
+    return str(attempt.container.get("image", "?"))
 
 
 def _waits_for(*reasons: str) -> Callable[[Evidence], Waiting | None]:

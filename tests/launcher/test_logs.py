@@ -122,8 +122,9 @@ def test_the_tail_is_taken_of_each_attempt() -> None:
 
 def test_the_latest_progress_is_that_of_the_newest_pod_that_has_begun() -> None:
     story, run = finished("p-1")
-    assert latest_progress(story, run)["step"] == 3  # type: ignore[arg-type]
-    assert latest_progress(story, of(kube_job(), [])) == {}  # type: ignore[arg-type]
+    word, trouble = latest_progress(story, run)  # type: ignore[arg-type]
+    assert (word["step"], trouble) == (3, None)
+    assert latest_progress(story, of(kube_job(), [])) == ({}, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

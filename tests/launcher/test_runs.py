@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher import runs, show
-from launcher.codes import NotFound
+from launcher import find, runs, show
+from launcher.codes import NoRun, NotFound, Refused
 from launcher.labels import fire_id
 from launcher.runs import Run
 from tests.launcher.api import Answer, refusal, served
@@ -108,7 +108,7 @@ def answers(*jobs: dict[str, Any]) -> dict[str, Answer | list[Answer]]:
 def test_a_run_is_found_by_its_jobs_name_and_by_the_beginning_of_its_id(tmp_path: Path, name: str) -> None:
     jobs = answers(kube_job(minute=1), kube_job("run-1a2b3c4d-11111111", 2), kube_job("other-1a2b3c4d-22222222"))
     with served(tmp_path, jobs) as (cluster, _):
-        found = runs.find(cluster, name)
+        found = find.by_name(cluster, name)
     assert found.id == "run-1a2b3c4d"
     assert found.job == ("run-1a2b3c4d-00000000" if name.endswith("-00000000") else "run-1a2b3c4d-11111111")
 
@@ -126,9 +126,9 @@ def test_a_name_that_fits_none_or_several_is_refused_with_those_it_may_mean(
 ) -> None:
     with (
         served(tmp_path, answers(kube_job(), kube_job("run-5e6f7a8b-00000000"))) as (cluster, _),
-        pytest.raises(NotFound) as caught,
+        pytest.raises((NoRun, Refused)) as caught,
     ):
-        runs.find(cluster, name)
+        find.by_name(cluster, name)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
