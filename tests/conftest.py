@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.job import tiny
+from tests.measured import FIGURES
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Qwen3 with a ChatML template and tied embeddings."""
     return tiny.tiny_qwen(tmp_path_factory.mktemp("models") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Gemma 3: tied embeddings, a window, bounded logits, a turn's end that is not the text's."""
+    return tiny.tiny_gemma(tmp_path_factory.mktemp("models") / "tiny-gemma")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +45,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is absent; set TUNEJOB_TEST_DATA to a folder with gsm8k/ and others")
     return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands what a worker of xdist measured to the process that prints it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a worker measured."""
+    FIGURES.extend(getattr(node, "workeroutput", {}).get("figures", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was measured."""
+    if FIGURES:
+        terminalreporter.section("measured")
+        for line in FIGURES:
+            terminalreporter.write_line(line)

@@ -24,7 +24,7 @@ from job.training.new_tokens import Tokens, make_room
 from tests.job.made import CPU, made_spec
 
 IDS = torch.arange(10, 40).view(2, 15)
-VOCABULARY = {"tiny_llama": 448, "tiny_qwen": 448, "tiny_gpt2": 446}
+VOCABULARY = {"tiny_llama": 448, "tiny_qwen": 448, "tiny_gemma": 450, "tiny_gpt2": 446}
 METHODS: dict[str, dict[str, Any]] = {
     "float32": {},
     "nf4": {"method": "qlora"},
@@ -85,7 +85,7 @@ def lora_b(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in trained(model).items() if ".lora_B." in name)
 
 
-@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gemma", "tiny_gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputing"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_moves_every_adapter_and_nothing_of_the_base(  # T18, T20
@@ -97,7 +97,7 @@ def test_a_step_moves_every_adapter_and_nothing_of_the_base(  # T18, T20
     before = frozen(model)
     train(model, spec)
     assert all(float(b.abs().max()) > 0 for _, b in lora_b(model))
-    assert sum(1 for _ in lora_b(model)) == (14 if base == "tiny_llama" else 8)
+    assert sum(1 for _ in lora_b(model)) == (8 if base == "tiny_gpt2" else 14)
     after = frozen(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -118,7 +118,7 @@ def test_recomputing_the_old_way_trains_the_same(tiny_llama: Path) -> None:  # T
     assert all(torch.allclose(b, found[1][name], atol=1e-7) for name, b in found[0].items())
 
 
-@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gemma", "tiny_gpt2"])
 @pytest.mark.parametrize("lora", [lora for lora in LORA if lora != "norm saved, biases"])
 def test_an_untrained_adapter_changes_nothing_and_a_trained_one_can_be_taken_off(  # T19, T47
     base: str, lora: str, request: pytest.FixtureRequest
@@ -151,6 +151,8 @@ def test_an_untrained_adapter_changes_nothing_and_a_trained_one_can_be_taken_off
         ("tiny_llama", "new tokens", "nf4"),
         ("tiny_qwen", "new tokens", "float32"),
         ("tiny_qwen", "DoRA", "nf4"),
+        ("tiny_gemma", "rsLoRA, patterns", "nf4"),
+        ("tiny_gemma", "new tokens", "float32"),
         ("tiny_gpt2", "OLoRA", "float32"),
         ("tiny_gpt2", "new tokens", "float32"),
         ("tiny_gpt2", "biases", "float32"),
@@ -183,6 +185,7 @@ def test_stock_peft_loads_what_was_trained(  # T21, T33, T47
         ("tiny_qwen", "new tokens"),  # tied: one tensor by two names
         ("tiny_gpt2", "new tokens"),
         ("tiny_qwen", "head saved"),
+        ("tiny_gemma", "plain"),
         ("tiny_gpt2", "norm saved, biases"),
     ],
 )

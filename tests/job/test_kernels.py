@@ -12,6 +12,7 @@ from job.training.head import chunked_head, cross_entropy_sum
 from job.training.kernels import PaddingFree, Reference
 from tests.job.made import CPU, made_model, made_rows, made_spec
 from tests.job.test_loop import loop_of, losses_of
+from tests.job.tiny import BASES
 
 LENGTHS = [17, 5, 33, 9]
 DEVICE = torch.device("cpu")
@@ -19,7 +20,7 @@ OURS = ("padding-free", "padding-free, oneDNN")
 """Whether torch's private operator is used depends on the processor."""
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_gpt2"])
+@pytest.fixture(params=BASES)
 def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 

@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 
 from job.errors import Conflict, Diverged
 from job.spec import JobSpec
 from job.spec_sections import Training
 from job.training import checkpoint
 from job.training.adapter import trained
+from job.training.attention import attention, stock_attention
 from job.training.checkpoint import State
-from job.training.head import cross_entropy_sum
+from job.training.head import chunked_head, cross_entropy_sum
 from job.training.kernels import Kernel, PaddingFree, Reference
 from job.training.loop import Loop, Progress, learning_rates, make_optimizer
 from job.training.order import Order
 from tests.job.made import CPU, made_model, made_rows, made_spec
+from tests.job.tiny import BASES
 
 LENGTHS = [17, 5, 33, 9, 21, 12, 40, 7, 15, 28]
 
@@ -58,21 +61,66 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_gpt2"])
+@pytest.fixture(params=BASES)
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-def first_gradient(folder: Path, micro: int, kernel: Kernel) -> torch.Tensor:
-    """The gradient of step 1 before clipping, as the optimizer would see it."""
-    training = {"batch_size": 8, "micro_batch_size": micro, "max_length": 40, "max_grad_norm": 1e9}
-    loop = loop_of(folder, made_spec(training=training), kernel)
+def gradients_of(loop: Loop) -> list[torch.Tensor]:
+    """Filled as the loop goes: the gradient of each step, as the optimizer sees it."""
     seen: list[torch.Tensor] = []
     loop.optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in trained(loop.model).values()]))  # type: ignore[union-attr]
     )
+    return seen
+
+
+def first_gradient(folder: Path, micro: int, kernel: Kernel) -> torch.Tensor:
+    """The gradient of step 1 before clipping."""
+    training = {"batch_size": 8, "micro_batch_size": micro, "max_length": 40, "max_grad_norm": 1e9}
+    loop = loop_of(folder, made_spec(training=training), kernel)
+    seen = gradients_of(loop)
     losses_of(loop, stop_after=1)
     return seen[0]
+
+
+def by_definition(loop: Loop, step: int, count: int | None = None) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a step with nothing of the loop's or a kernel's: one row after the other.
+
+    Each goes through the model's own forward; the cross entropies are added up and divided by the number of trained
+    tokens, or by ``count``.
+    """
+    core, rows = loop.model.get_base_model(), loop.rows
+    total, found = torch.zeros((), dtype=torch.float64), 0
+    with attention(core, stock_attention(core)):
+        for row in map(int, loop.order.rows(step)):
+            labels = torch.from_numpy(rows.labels(row).astype("int64"))
+            tokens = torch.from_numpy(rows.tokens(row).astype("int64"))
+            logits = core(input_ids=tokens[None], use_cache=False).logits[0]
+            total = (
+                total
+                + functional.cross_entropy(logits[:-1], labels[1:], reduction="none")[labels[1:] != -100].double().sum()
+            )
+            found += int((labels[1:] != -100).sum())
+    loss = total / (count or found)
+    gradients = torch.autograd.grad(loss, list(trained(loop.model).values()))
+    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("head", ["chunked head", "own head"])
+def test_t1_loss_and_gradient_of_every_step_are_the_definition(folder: Path, head: str) -> None:  # T1 T3
+    training = {"batch_size": 4, "micro_batch_size": 1, "max_length": 40, "epochs": 1.0, "max_grad_norm": 1e9}
+    loop = loop_of(folder, made_spec(training=training))
+    if head == "chunked head":
+        loop.kernel = PaddingFree(CPU.device, chunked_head(loop.model.get_base_model()))
+    seen, steps = gradients_of(loop), loop.run(lambda: False)
+    for step in range(loop.order.steps):
+        loop.model.train()
+        loss, gradient = by_definition(loop, step)
+        progress = next(steps)
+        assert progress.loss == pytest.approx(loss, abs=1e-6)
+        assert float((seen[step] - gradient).abs().max()) < 1e-6
+    assert [len(loop.order.rows(step)) for step in range(loop.order.steps)] == [4, 4, 2]
 
 
 def test_t1_gradients_do_not_depend_on_the_micro_batch(folder: Path) -> None:
@@ -107,10 +155,17 @@ def test_t1_twenty_steps_follow_one_course_for_any_micro_batch(tiny_llama: Path)
 
 
 def test_t3_the_last_step_of_an_epoch_is_normalised_by_its_own_tokens(tiny_llama: Path) -> None:
-    loop = loop_of(tiny_llama, made_spec(training={"batch_size": 4, "epochs": 1.0}))
-    counts = [progress.trained_tokens for progress in loop.run(lambda: False)]
-    assert len(counts) == 3
-    assert sum(counts) == int(loop.rows.supervised.sum())
+    loop = loop_of(tiny_llama, made_spec(training={"batch_size": 4, "epochs": 1.0, "max_grad_norm": 1e9}))
+    seen, steps = gradients_of(loop), loop.run(lambda: False)
+    counts = [next(steps).trained_tokens for _ in range(2)]
+    loss, gradient = by_definition(loop, 2)
+    tempting, other = by_definition(loop, 2, count=counts[0])  # by the tokens of a full step
+    progress = next(steps)
+    assert progress.loss == pytest.approx(loss, abs=1e-6)
+    assert float((seen[2] - gradient).abs().max()) < 1e-6
+    assert abs(progress.loss - tempting) > 1e-2
+    assert float((seen[2] - other).abs().max()) > 1e-4
+    assert sum(counts) + progress.trained_tokens == int(loop.rows.supervised.sum())
 
 
 def test_t18_every_lora_b_moves_and_the_base_does_not(folder: Path) -> None:
@@ -213,14 +268,9 @@ def test_t38_the_bound_on_the_gradient_holds_for_the_whole_step(tiny_llama: Path
     for micro in (1, 4):
         spec = made_spec(training={"batch_size": 8, "micro_batch_size": micro, "max_length": 40, "max_grad_norm": 1e-3})
         loop = loop_of(tiny_llama, spec)
-        seen: list[float] = []
-        loop.optimizer.register_step_pre_hook(
-            lambda *_, loop=loop, seen=seen: seen.append(
-                float(torch.cat([p.grad.flatten() for p in trained(loop.model).values()]).norm())
-            )
-        )
+        seen = gradients_of(loop)
         losses_of(loop, stop_after=1)
-        norms[micro] = seen[0]
+        norms[micro] = float(seen[0].norm())
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
     assert norms[4] == pytest.approx(norms[1], rel=1e-5)
 

@@ -16,12 +16,13 @@ from job.training.order import share
 from tests.job import ranks
 from tests.job.made import made_spec
 from tests.job.scenarios import largest_difference
+from tests.job.tiny import BASES
 
 TRAIN = "tests.job.scenarios:train"
 STEPS = {"batch_size": 8, "micro_batch_size": 1, "max_length": 40, "max_steps": 4, "max_grad_norm": 1e9}
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_gpt2"])
+@pytest.fixture(params=BASES)
 def base(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 

@@ -131,6 +131,7 @@ OTHERS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "GPT-2, QLoRA": (1, "tiny_gpt2", {"method": "qlora"}),
     "GPT-2": (1, "tiny_gpt2", {}),
     "Qwen": (1, "tiny_qwen", {}),
+    "Gemma": (1, "tiny_gemma", {}),
     "Qwen, QLoRA": (1, "tiny_qwen", {"method": "qlora"}),
     "two ranks, PiSSA": (2, "tiny_llama", {"lora": {"init": "pissa"}}),
     "two that share, PiSSA": (2, "tiny_llama", {"lora": {"init": "pissa"}} | SHARED),

@@ -15,6 +15,7 @@ from job.training.loop import Loop, make_optimizer, step_unless
 from job.training.order import Order, costliest
 from tests.job.made import CPU, made_spec
 from tests.job.test_loop import LENGTHS, adapter_of, assert_equal, loop_of, losses_of
+from tests.job.tiny import BASES
 
 _WAITS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -43,7 +44,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_qwen", "tiny_gpt2"])
+@pytest.fixture(params=BASES)
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 

@@ -15,6 +15,19 @@ CHATML = (
 )
 """ChatML as models publish it: without generation markers."""
 
+GEMMA = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+    "{{- message['content'] | trim + '<end_of_turn>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"
+)
+"""Gemma's, as it is published: without generation markers; a turn does not end with the token that ends texts."""
+
+BASES = ("tiny_llama", "tiny_qwen", "tiny_gemma", "tiny_gpt2")
+"""The tiny models, by the names of their fixtures: one of each style that users begin with."""
+
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 _CODES = {
@@ -124,6 +137,19 @@ def tiny_qwen(folder: Path) -> Path:
     return _save(folder, Qwen3ForCausalLM, config, tokenizer)
 
 
+def tiny_gemma(folder: Path) -> Path:
+    """A Gemma 3 of two layers: tied, the first with a window, logits bounded; a turn ends with a token of its own."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer = _fast(special, eos="<eos>", pad="<pad>", bos="<bos>", template=GEMMA)
+    shape = _shape(tokenizer) | {"bos_token_id": tokenizer.bos_token_id, "tie_word_embeddings": True}
+    shape |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    shape |= {"query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
+    config = Gemma3TextConfig(num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, **shape)
+    return _save(folder, Gemma3ForCausalLM, config, tokenizer)
+
+
 def tiny_gpt2(folder: Path) -> Path:
     """A GPT-2 of two layers (Conv1D): 256 positions, only <|endoftext|>, no pad token, no chat template."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -136,10 +162,12 @@ def tiny_gpt2(folder: Path) -> Path:
     return _save(folder, GPT2LMHeadModel, config, tokenizer)
 
 
-def _fast(special: Sequence[str], eos: str, pad: str | None = None, template: str | None = None) -> Any:
+def _fast(
+    special: Sequence[str], eos: str, pad: str | None = None, bos: str | None = None, template: str | None = None
+) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    extra = {"pad_token": pad} if pad else {}
+    extra = ({"pad_token": pad} if pad else {}) | ({"bos_token": bos} if bos else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(special), eos_token=eos, **extra)
     tokenizer.chat_template = template
     return tokenizer
