@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.errors import SpecInvalid
+from job.errors import AccessDenied, DiskFailure, SpecInvalid
 from job.spec import JobSpec, from_mapping, run_id
 from launcher.bundle import write
 from launcher.profile import Profile, read
@@ -110,6 +110,64 @@ def test_what_people_added_to_the_kustomization_is_kept(tmp_path: Path) -> None:
     assert found.items() >= {"namespace": "prod", "commonAnnotations": {"a": "b"}, "kind": "Kustomization"}.items()
     assert found["resources"][0] == "quota.yaml"
     assert len(found["resources"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("kustomization.yaml", "resources: foo\n", "resources: not a list of names"),
+        ("kustomization.yaml", "resources: [{a: b}]\n", "resources: not a list of names"),
+        ("kustomization.yaml", "- a\n", "kustomization.yaml:1"),
+    ],
+)
+def test_a_kustomization_that_is_none_is_told_and_left_as_it_is(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SpecInvalid, match=words):
+        write(tmp_path, spec(), profile(tmp_path))
+    assert (tmp_path / name).read_text(encoding="utf-8") == text
+    assert not (tmp_path / "objects").exists(), "nothing is written beside it either"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "metadata: text\n",
+        "metadata: {labels: [a]}\n",
+        "metadata:\n",
+        "data: 1\n",
+        "metadata: {labels: {LABEL}}\ndata: {SPEC: 1}\n",
+    ],
+)
+def test_what_people_left_of_a_config_map_is_written_anew(tmp_path: Path, left: str) -> None:
+    folder, run = tmp_path / "out", run_id(spec())
+    write(folder, spec(), profile(tmp_path))
+    file = folder / "objects" / f"{run}-spec.yaml"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(
+        left.replace("{LABEL}", f"{{tunejob.dev/run: {run}}}").replace("SPEC", "spec.yaml"), encoding="utf-8"
+    )
+    write(folder, spec(), profile(tmp_path))
+    assert file.read_text(encoding="utf-8") == before
+
+
+def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for place in ("file", "file/below"):
+        with pytest.raises(SpecInvalid, match="has to be a folder, or new"):
+            write(tmp_path / place, spec(), profile(tmp_path))
+    (tmp_path / "out" / "objects").mkdir(parents=True)
+    (tmp_path / "out" / "objects" / f"{run_id(spec())}.yaml").mkdir()
+    with pytest.raises(SpecInvalid, match="in the way"):
+        write(tmp_path / "out", spec(), profile(tmp_path))
+    with pytest.raises(DiskFailure, match="cannot be written"):
+        write(tmp_path / ("x" * 300), spec(), profile(tmp_path))
+
+
+def test_a_folder_that_may_not_be_written_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises((AccessDenied, DiskFailure), match=r"another folder|cannot be written"):
+        write(Path("/proc/tunejob"), spec(), profile(tmp_path))
 
 
 def test_a_file_that_nobody_can_read_is_told_and_left_as_it_is(tmp_path: Path) -> None:

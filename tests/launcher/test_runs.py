@@ -92,6 +92,25 @@ def test_attempts_are_in_the_order_of_their_pods_and_the_digest_is_of_the_one_th
     assert found.config_map == "the-spec"
 
 
+@pytest.mark.parametrize("phase", ["Succeeded", "Running"])
+def test_a_container_that_was_put_beside_ours_tells_nothing_of_the_run(phase: str) -> None:
+    word = json.dumps({"run": "r", "code": 0, "manifest_sha256": "ab"})
+    beside = {"name": "istio-proxy", "state": {"terminated": {"exitCode": 1, "reason": "OOMKilled"}}}
+    ours = {"terminated": {"exitCode": 0, "message": word}} if phase == "Succeeded" else {"running": {}}
+    manifest = pod("a", 1, phase)
+    manifest["status"]["containerStatuses"] = [beside, {"name": "tunejob", "state": ours}]
+    manifest["spec"] = {"containers": [{"name": "istio-proxy"}, {"name": "tunejob", "image": "i"}]}
+    attempt = runs.of(kube_job(), [manifest]).pods[0]
+    assert (attempt.code, attempt.has_begun) == (0 if phase == "Succeeded" else None, True)
+    assert attempt.reason != "OOMKilled"
+    assert attempt.container["image"] == "i"
+    assert runs.of(kube_job(), [manifest]).digest == ("ab" if phase == "Succeeded" else "")
+
+
+def test_a_server_whose_clock_is_ahead_makes_no_negative_duration() -> None:
+    assert show.seconds(runs.of(kube_job(startTime="2099-01-01T00:00:00Z"))) == 0
+
+
 def test_each_fire_of_a_schedule_is_a_run_of_its_own() -> None:
     fire = kube_job("nightly-29000000")
     fire["metadata"]["labels"] = {"tunejob.dev/run": "nightly-1a2b3c4d", "tunejob.dev/per-fire": "true"}

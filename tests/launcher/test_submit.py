@@ -1,15 +1,21 @@
-"""What a submission says of other runs of the same name. The rest of it is tested on a cluster."""
+"""What a submission says, what it takes back, and how it is left. The rest of it is tested on a cluster."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tunejob
 from job.spec import digest, parse
+from launcher import submit
+from launcher.codes import Code
 from launcher.labels import NAME, RUN, SPEC_DIGEST
 from launcher.profile import Profile
 from launcher.render import render
 from launcher.submit import _tell_of_namesakes
+from tests.bench.stub import Refusal
 from tests.launcher.api import Answer, served
+from tests.launcher.kit import CRON, Kit, rbac
 
 SPEC = parse("name: run\nmodel: s3://models/base\ndata: {train: s3://data/train.jsonl, eval_split: 0.1}\n", "spec")
 PROFILE = Profile.model_validate(
@@ -43,3 +49,74 @@ def test_only_a_run_that_trains_something_else_is_told_of_even_if_its_spec_canno
     with served(tmp_path, answers) as (cluster, _):
         _tell_of_namesakes(cluster, SPEC, render(SPEC, PROFILE), said.append)
     assert said == lines
+
+
+def test_a_job_that_only_the_real_apply_refuses_takes_its_config_map_along(kit: Kit) -> None:
+    kit.refuse("APPLY jobs", 403, rbac("create", "jobs"))
+    said = kit.cli("submit", kit.spec(), "-d")
+    assert (said.code, "may not create jobs" in said.err) == (Code.CLUSTER, True), said.err
+    assert kit.objects.asked["APPLY configmaps"] == 2, "the dry run and the real one"
+    assert kit.objects.names("configmaps") == []
+
+
+def test_a_changed_schedule_that_is_refused_leaves_the_one_before_and_nothing_else(kit: Kit) -> None:
+    kit.submitted(kit.spec(scheduling=CRON))
+    before = kit.objects.names("configmaps")
+    kit.refuse("APPLY cronjobs", 403, 'admission webhook "x" denied the request: no')
+    assert kit.cli("submit", kit.spec(scheduling=CRON, training={"epochs": 2}), "-d").code == Code.REFUSED
+    assert kit.objects.names("configmaps") == before
+
+
+def test_what_another_submits_meanwhile_is_not_taken_from_him(kit: Kit) -> None:
+    spec = kit.spec()
+    forbidden = {"kind": "Status", "code": 403, "reason": "Forbidden", "message": rbac("create", "jobs")}
+    absent = {"kind": "Status", "code": 404, "reason": "NotFound", "message": "not found"}
+    turn = iter(["refused", "looks"])
+
+    def meanwhile(asked: str, name: str) -> Refusal | None:
+        now = {"APPLY jobs": "refused", "GET jobs": "looks"}.get(asked)
+        if kit.objects.asked["APPLY jobs"] < 2 or now != expected[0]:
+            return None
+        expected[:] = [next(turn, "")]
+        if now == "refused":
+            return 403, forbidden
+        assert kit.cli("submit", spec, "-d").code == Code.OK  # the other one
+        return 404, absent
+
+    expected = [next(turn)]
+    kit.objects.refuse = meanwhile
+    assert kit.cli("submit", spec, "-d").code == Code.CLUSTER
+    assert (len(kit.objects.names("jobs")), len(kit.objects.names("configmaps"))) == (1, 1)
+
+
+@pytest.mark.parametrize("profile", ["", "tunejob.profile.yaml"], ids=["usual profile", "named profile"])
+def test_ctrl_c_while_the_first_pod_is_awaited_names_the_run_and_the_way_back(
+    kit: Kit, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "_await_first_pod", interrupted)
+    said = kit.cli("submit", kit.spec(), *(["-p", profile] if profile else []))
+    (job,) = kit.objects.names("jobs")
+    first, last = said.err.splitlines()
+    option = f" -p {profile}" if profile else ""
+    assert said.code == Code.DETACHED
+    assert first == f"{job[:-9]}: submitted as Job {job} (context stub, namespace bench)"
+    assert last.startswith(f"interrupted; what was made goes on. tunejob status{option} {job[:-9]} shows it")
+    assert f"tunejob cancel{option} {job[:-9]} ends it" in last
+
+
+def test_commands_that_a_failure_names_ask_the_cluster_that_was_asked(kit: Kit) -> None:
+    said = kit.cli("status", "absent", "-p", "tunejob.profile.yaml")
+    assert "tunejob list -p tunejob.profile.yaml shows those" in said.err
+    assert "tunejob list shows those" in kit.cli("status", "absent").err
+
+
+def test_what_a_submission_was_told_is_on_the_record_from_python_too(kit: Kit) -> None:
+    quota = {"metadata": {"name": "small"}, "status": {"hard": {"pods": "1"}, "used": {"pods": "1"}}}
+    kit.objects.put("resourcequotas", {"kind": "ResourceQuota", **quota})
+    submitted = tunejob.submit(kit.spec())
+    assert submitted.is_new
+    assert [line for line in submitted.remarks if "small" in line], submitted.remarks
+    assert tunejob.submit(kit.spec()).remarks == ()
