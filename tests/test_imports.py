@@ -240,6 +240,33 @@ def test_the_launcher_imports_nothing_that_only_posix_has(name: str) -> None:
     assert not {package(other) for module in reached for other in KNOWN.get(module, ())} & POSIX
 
 
+ELSEWHERE = """
+import importlib, signal, subprocess, sys, tempfile, threading, concurrent.futures
+import kubernetes, pydantic, tenacity, yaml  # other people's modules know Windows by its name
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name in {posix!r}:
+            raise ModuleNotFoundError(name)
+
+for name in {posix!r}:
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Lacking())
+windows = ("SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN")
+for name in dir(signal):
+    if (name.startswith("SIG") and name.isupper() and name not in windows) or name in ("alarm", "pthread_sigmask"):
+        delattr(signal, name)
+for name in {ours!r}:
+    importlib.import_module(name)
+print("imported")
+"""
+
+
+def test_every_module_of_the_launcher_imports_where_there_is_no_posix() -> None:
+    ours = sorted(name for name in KNOWN if package(name) in ("launcher", "tunejob"))
+    assert fresh_python(ELSEWHERE.format(posix=sorted(POSIX - {"posix"}), ours=ours)) == "imported\n"
+
+
 PURE = {"launcher.render", "launcher.profile", "launcher.pod", "launcher.bundle", "launcher.labels"}
 
 
