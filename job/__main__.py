@@ -39,7 +39,8 @@ def _work_folder() -> Path:
 def _run(arguments: argparse.Namespace) -> ExitCode:
     from job.layout import fire_id
     from job.spec import read, run_id
-    from job.supervision.supervisor import JOB, supervise
+    from job.supervision.account import JOB
+    from job.supervision.supervisor import supervise
 
     if not os.path.exists(arguments.spec):  # also where the folder may not be looked into
         raise SpecNotMounted(

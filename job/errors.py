@@ -53,6 +53,10 @@ class TemporaryFailure(JobError):
     exit_code = ExitCode.TEMPFAIL
 
 
+class RankLost(TemporaryFailure):
+    """A process of the training vanished by itself, whatever else was asked of it meanwhile."""
+
+
 class IntegrityFailure(JobError):
     """Bytes are not what their hash or size says."""
 

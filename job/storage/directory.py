@@ -47,12 +47,19 @@ class DirectoryStore:
             with translated(f"{self._name(key)}: cannot be brought here", to.parent, size):
                 return install(to, lambda out: _copy(stream, out, key))
 
-    def put(self, path: Path, key: str) -> FileEntry:
+    def put(self, path: Path, key: str, *, if_absent: bool = False, if_match: str | None = None) -> FileEntry:
         target = self._path(key)
+
+        def replace(scratch: Path, to: Path) -> None:
+            with self._lock():  # for the moment of the change only: the bytes are here, and others have heartbeats
+                self._require(key, if_absent, if_match)
+                os.replace(scratch, to)
+
         with translated(f"{path}: cannot be read", path.parent), path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             with translated(f"{self._name(key)}: cannot be written", target.parent, size):
-                return install(target, lambda out: _copy(stream, out, key))
+                how = replace if if_absent or if_match is not None else os.replace
+                return install(target, lambda out: _copy(stream, out, key), replace=how)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         path = self._path(key)
@@ -66,11 +73,16 @@ class DirectoryStore:
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         path = self._path(key)
         with translated(f"{self._name(key)}: cannot be written", path.parent, len(data)), self._lock():
-            present = self.stat(key)
-            if (if_absent and present) or (if_match is not None and (present is None or present.etag != if_match)):
-                raise PreconditionFailed(f"{self._name(key)}: {'has changed' if present else 'is gone'} meanwhile")
+            present = self._require(key, if_absent, if_match)
             install(path, lambda out: out.write(data), newer_than=path.stat().st_mtime_ns if present else 0)
             return etag_of(path.stat())
+
+    def _require(self, key: str, if_absent: bool, if_match: str | None) -> Entry | None:
+        """What is there. Raises PreconditionFailed if it is not what was promised."""
+        present = self.stat(key)
+        if (if_absent and present) or (if_match is not None and (present is None or present.etag != if_match)):
+            raise PreconditionFailed(f"{self._name(key)}: {'has changed' if present else 'is gone'} meanwhile")
+        return present
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root

@@ -1,6 +1,6 @@
 """The connection to S3: read from the environment, one client per process, made anew when credentials were rotated.
 
-This module and its neighbours ``s3`` and ``s3_errors`` alone know botocore and s3transfer, of which boto3 is made.
+This module and its neighbours ``s3_move`` and ``s3_errors`` alone know botocore and s3transfer, of which boto3 is made.
 """
 
 import base64
@@ -11,9 +11,10 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from botocore.loaders import create_loader
 from s3transfer.manager import TransferConfig, TransferManager
 
 from job.errors import SpecInvalid
+from job.storage.store import checked
 
 ADDRESSING_VARIABLE = "TUNEJOB_S3_ADDRESSING"
 PART_BYTES = 16 << 20
@@ -45,6 +47,14 @@ class Location:
     bucket: str
     prefix: str
     """Empty, or ends in '/'."""
+
+    def pair(self, key: str) -> tuple[str, str]:
+        """Bucket and whole key of an object below the prefix. Raises IntegrityFailure if it would leave that."""
+        return self.bucket, self.prefix + checked(key)
+
+    def at(self, key: str) -> dict[str, str]:
+        """The same as arguments of a client's call."""
+        return dict(zip(("Bucket", "Key"), self.pair(key), strict=True))
 
 
 def parse(uri: str) -> Location:
@@ -82,6 +92,19 @@ class Link:
     is_custom: bool
     """Another store than Amazon's."""
     session: Any = field(repr=False)
+    _conditions: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict, repr=False)
+
+    @contextmanager
+    def on_condition(self, place: tuple[str, str], condition: Mapping[str, str]) -> Iterator[None]:
+        """While the block runs, the object at bucket and key is written on a condition (IfNoneMatch, IfMatch).
+
+        s3transfer, which moves large files, does not pass conditions on.
+        """
+        self._conditions[place] = condition
+        try:
+            yield
+        finally:
+            self._conditions.pop(place, None)
 
     def masked(self, text: str) -> str:
         """The text without our credentials: of the key's id the first and last letters are left."""
@@ -174,6 +197,9 @@ def _connect(connect_seconds: float, read_seconds: float, attempts: int, environ
     if not checks:
         for operation in ("PutObject", "UploadPart"):
             client.meta.events.register(f"before-call.s3.{operation}", _add_md5)
+    conditions: dict[tuple[str, str], Mapping[str, str]] = {}
+    for operation in ("PutObject", "CompleteMultipartUpload"):
+        client.meta.events.register(f"provide-client-params.s3.{operation}", partial(_add_condition, conditions))
     return Link(
         client=client,
         transfers=TransferManager(client, _transfers()),
@@ -181,7 +207,15 @@ def _connect(connect_seconds: float, read_seconds: float, attempts: int, environ
         endpoint=_host_and_port(client.meta.endpoint_url),
         is_custom=bool(endpoint),
         session=session,
+        _conditions=conditions,
     )
+
+
+def _add_condition(
+    conditions: Mapping[tuple[str, str], Mapping[str, str]], params: Mapping[str, Any], **_: Any
+) -> dict[str, Any]:
+    """The arguments of a write, its condition among them."""
+    return {**params, **conditions.get((params["Bucket"], params["Key"]), {})}
 
 
 def _config(environment: Mapping[str, str], *, is_custom: bool) -> Config:

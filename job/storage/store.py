@@ -61,8 +61,12 @@ class Store(Protocol):
     def get(self, key: str, to: Path) -> FileEntry:
         """Brings an object here; size and hash are of the bytes received. Raises InputMissing."""
 
-    def put(self, path: Path, key: str) -> FileEntry:
-        """Sends a file, replacing what was there; size and hash are of the bytes sent."""
+    def put(self, path: Path, key: str, *, if_absent: bool = False, if_match: str | None = None) -> FileEntry:
+        """Sends a file, replacing what was there; size and hash are of the bytes sent.
+
+        Raises:
+            PreconditionFailed: as ``write`` does, unless the very bytes are there already: then an earlier try landed.
+        """
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         """A small object's bytes and etag; None only if it is proven absent."""
@@ -267,10 +271,16 @@ def _refuses(store: Store, key: str, data: bytes, *, if_absent: bool = False, if
     return False
 
 
-def install(path: Path, fill: Callable[[BinaryIO], T], newer_than: int = 0) -> T:
+def install(
+    path: Path,
+    fill: Callable[[BinaryIO], T],
+    newer_than: int = 0,
+    replace: Callable[[Path, Path], None] = os.replace,
+) -> T:
     """Fills a scratch file, flushes it to disk and puts it in place of ``path`` at once.
 
     Args:
+        replace: puts it there; what it raises leaves ``path`` as it was.
         newer_than: a time in nanoseconds that the file's own must exceed. Clocks of file systems tick slowly (4 ms is
             common), so that two writes of one size could share an etag.
     """
@@ -284,7 +294,7 @@ def install(path: Path, fill: Callable[[BinaryIO], T], newer_than: int = 0) -> T
             if status.st_mtime_ns <= newer_than:
                 os.utime(out.fileno(), ns=(status.st_atime_ns, newer_than + 1000))
             os.fsync(out.fileno())
-        os.replace(scratch, path)
+        replace(scratch, path)
         fsync_path(path.parent)
     except FileNotFoundError as error:
         raise TemporaryFailure(f"{path}: its folder was removed while it was written") from error

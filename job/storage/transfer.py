@@ -15,11 +15,13 @@ from job.errors import Conflict, InputMissing, IntegrityFailure
 from job.files import FileEntry, entries_of, entry_of, sealing
 from job.layout import CHECKPOINTS, COMMIT, MANIFEST, checkpoint_prefix, parse_checkpoint
 from job.storage.parallel import in_parallel, nothing
-from job.storage.store import PreconditionFailed, Store, checked, from_json, require_space, to_json, translated
+from job.storage.store import Entry, PreconditionFailed, Store, checked, from_json, require_space, to_json, translated
 
 log = logging.getLogger(__name__)
 
 RECORD_VERSION = 1
+RACES = 8
+"""Times that somebody else may change an object between our look at it and our writing it."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def publish(
     store: Store,
     files: Mapping[str, Path],
     extra: Mapping[str, Any],
+    prove: Callable[[], None] = nothing,
     tick: Callable[[], None] = nothing,
     before_seal: Callable[[], None] = nothing,
 ) -> Manifest:
@@ -198,6 +201,8 @@ def publish(
     Args:
         files: by key, relative to the run's prefix.
         extra: what else the manifest records.
+        prove: raises unless the run is ours at this moment. Whoever loses it unaware writes nothing over what its
+            successor publishes: every file replaces only what was there while the run was proven ours.
         tick: called a few times a second until the manifest is about to be written; what it raises ends the attempt.
         before_seal: called just before that. From then on the result may be published, whatever is heard of it: nothing
             that the manifest lists may be written any more.
@@ -209,14 +214,55 @@ def publish(
     if store.read(MANIFEST) is not None:
         raise Conflict(f"{store.uri}: a result is published already; name another output")
     entries = tuple(in_parallel(lambda item: _described(checked(item[0]), item[1]), sorted(files.items())))
-    _send(store, {entry.name: (files[entry.name], entry) for entry in entries}, tick)
+    there = dict(in_parallel(lambda entry: (entry.name, store.stat(entry.name)), entries, tick))
+    prove()
+
+    def put(path: Path, key: str) -> FileEntry:
+        return _replace(store, path, key, there[key], prove)
+
+    _send(store, {entry.name: (files[entry.name], entry) for entry in entries}, tick, put)
     record = {**extra, "version": RECORD_VERSION, "files": _records(entries)}
     manifest = Manifest(entries, record, hashlib.sha256(to_json(record)).hexdigest())
     verify_manifest(store, manifest, tick)  # before the manifest: what it lists is right from its first moment on
     tick()
+    prove()
     before_seal()
-    _seal(store, MANIFEST, record)
+    _seal_result(store, to_json(record), prove)
     return manifest
+
+
+def put_proven(store: Store, path: Path, key: str, prove: Callable[[], None]) -> FileEntry:
+    """Sends a file that a manifest may list one day; see ``publish`` for ``prove``."""
+    there = store.stat(key)
+    prove()
+    return _replace(store, path, key, there, prove)
+
+
+def _replace(store: Store, path: Path, key: str, there: Entry | None, prove: Callable[[], None]) -> FileEntry:
+    """Sends a file in place of what was seen ``there`` before the run was last proven ours."""
+    for _ in range(RACES):
+        try:
+            return store.put(path, key, if_absent=there is None, if_match=there.etag if there else None)
+        except PreconditionFailed as error:
+            log.warning("%s", error)
+            there = store.stat(key)
+            prove()
+    raise Conflict(f"{store.uri}/{key}: somebody else writes it again and again; give the run a prefix of its own")
+
+
+def _seal_result(store: Store, data: bytes, prove: Callable[[], None]) -> None:
+    """Writes the manifest and reads it back. Raises IntegrityFailure, Conflict, and what ``prove`` raises."""
+    try:
+        write_once(store, MANIFEST, data)
+    except Conflict as error:
+        prove()
+        # An owner before us did not know that it lost the run. Every file it lists is ours by now.
+        log.warning("%s; it is replaced: this attempt owns the run", error)
+        found = store.read(MANIFEST)
+        store.write(MANIFEST, data, if_absent=found is None, if_match=found[1] if found else None)
+        found = store.read(MANIFEST)
+        if found is None or found[0] != data:
+            raise
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -248,12 +294,17 @@ def verify_manifest(store: Store, manifest: Manifest, tick: Callable[[], None] =
 # Both
 
 
-def _send(store: Store, files: Mapping[str, tuple[Path, FileEntry]], tick: Callable[[], None] = nothing) -> None:
+def _send(
+    store: Store,
+    files: Mapping[str, tuple[Path, FileEntry]],
+    tick: Callable[[], None] = nothing,
+    put: Callable[[Path, str], FileEntry] | None = None,
+) -> None:
     """Puts files under their keys. Raises IntegrityFailure if what was sent, or is there, is not what was described."""
 
     def send(item: tuple[str, tuple[Path, FileEntry]]) -> None:
         key, (path, entry) = item
-        sent = store.put(path, key)
+        sent = (put or store.put)(path, key)
         if (sent.size, sent.sha256) != (entry.size, entry.sha256):
             raise IntegrityFailure(f"{path}: changed while it was sent to {store.uri}")
         if not _is_there(store, key, entry):

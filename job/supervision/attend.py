@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from job.errors import ContainerMemory, Hung, InternalError, Interrupted, TemporaryFailure
+from job.errors import ContainerMemory, Hung, InternalError, Interrupted, RankLost, TemporaryFailure
 from job.files import read_json
 from job.outcome import cause, recorded
 from job.storage.store import size_text
@@ -119,7 +119,10 @@ class Attendant:
         """Raises how a group of processes ended: a real cause, then a request to leave, then a vanished one.
 
         A rank that lost its peers, or was ended with them, is none of the first: torchrun ends the healthy ranks when
-        one dies.
+        one dies. One that vanished is no interruption, even if a request to leave came meanwhile.
+
+        Args:
+            code: the launcher's, where it ended by itself; None where we ended it.
         """
         outcomes = {process: recorded(self.workdir.outcome(process)) for process in processes}
         failure = cause(outcomes.values())
@@ -128,14 +131,14 @@ class Attendant:
         silent = [process for process, outcome in outcomes.items() if outcome is None]
         if silent:
             self._require_no_oom(silent)
-        if self.leaving.is_asked:
-            raise Interrupted(f"asked to leave; {self.kept()}")
-        self.require_budget()
-        if silent:
-            raise TemporaryFailure(
+        if silent and code is not None:
+            raise RankLost(
                 f"{', '.join(silent)} vanished without a word (exit {code}): killed from outside, or for memory; "
                 "see the lines above"
             )
+        if self.leaving.is_asked:
+            raise Interrupted(f"asked to leave; {self.kept()}")
+        self.require_budget()
         if failure is not None:
             raise failure
         if code != 0:

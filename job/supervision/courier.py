@@ -225,10 +225,15 @@ class Courier:
 
 def send_copy(store: Store, path: Path, key: str, folder: Path) -> None:
     """Sends a file that may grow meanwhile, as it is now."""
+    store.put(copied(path, folder), key)
+
+
+def copied(path: Path, folder: Path) -> Path:
+    """A copy, as it is now, of a file that may grow."""
     folder.mkdir(exist_ok=True)
     copy = folder / path.name
     shutil.copyfile(path, copy)
-    store.put(copy, key)
+    return copy
 
 
 def _best(store: Store) -> int | None:

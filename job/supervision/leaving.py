@@ -59,15 +59,16 @@ class Leaving:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals while the block runs."""
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Takes the signals while the block runs. After it they change nothing: how it ended is said."""
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
         threading.Thread(target=self._watch, daemon=True, name="grace").start()
         try:
             yield
         finally:
             self._over.set()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _ask(self, *_: object) -> None:
         if not self.is_asked:

@@ -17,6 +17,7 @@ from typing import Any
 from job.errors import Conflict, Fenced, IntegrityFailure, JobError, TemporaryFailure
 from job.layout import OWNER
 from job.process import Identity, Life, life_of, this_process
+from job.storage.parallel import TICK_SECONDS, nothing
 from job.storage.store import PreconditionFailed, Store, from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ def claim(
     *,
     interval_seconds: float | None = None,
     heartbeat: bool = True,
+    tick: Callable[[], None] = nothing,
     is_free_of_specs: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -208,6 +210,7 @@ def claim(
         interval_seconds: between two heartbeats; left out: ``heartbeat_seconds()``.
         is_free_of_specs: asked where the owner has another spec; True where nothing was committed that it could spoil.
         heartbeat: False leaves the heartbeat to ``start`` or ``check``.
+        tick: called a few times a second while another's heartbeat is watched; what it raises ends the waiting.
 
     Raises:
         Conflict: the run belongs to another spec.
@@ -220,7 +223,7 @@ def claim(
         found = read_owner(store)
         if found is not None:
             _require_spec(store, found[0], spec_digest, is_free_of_specs)
-            found = _once_free(store, found, interval, clock, sleep)
+            found = _once_free(store, found, interval, tick, clock, sleep)
         if found is not None:  # once more: the owner may have committed while it was watched
             _require_spec(store, found[0], spec_digest, is_free_of_specs)
         generation = found[0].generation + 1 if found else 1
@@ -257,6 +260,7 @@ def _once_free(
     store: Store,
     found: tuple[Owner, str],
     interval: float,
+    tick: Callable[[], None],
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> tuple[Owner, str] | None:
@@ -278,7 +282,10 @@ def _once_free(
     log.info("watching the heartbeat of %s for %g s", _words_for(owner), lease)
     deadline = clock() + lease
     while clock() < deadline:
-        sleep(lease / (LEASE_HEARTBEATS * LOOKS_PER_HEARTBEAT))
+        look_at = clock() + lease / (LEASE_HEARTBEATS * LOOKS_PER_HEARTBEAT)
+        while (left := look_at - clock()) > 0:
+            tick()
+            sleep(min(TICK_SECONDS, left))
         now = read_owner(store)
         if now is None or now[0].ended is not None:
             return now

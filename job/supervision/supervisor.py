@@ -4,50 +4,49 @@ It owns the run in the store, moves the bytes, starts ``prepare``, the worker an
 what they seal, and decides the exit code. Its phases are those of docs/design.md.
 """
 
-import hashlib
 import logging
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from job import layout
-from job.errors import BudgetSpent, Conflict, InternalError, Interrupted, JobError, SpecInvalid, TemporaryFailure
+from job.errors import (
+    BudgetSpent,
+    InternalError,
+    Interrupted,
+    JobError,
+    RankLost,
+    SpecInvalid,
+    TemporaryFailure,
+)
 from job.exits import EXITS, ExitCode, JobReaction
 from job.files import read_json, write_json
-from job.inputs import Input, Inputs, write_inputs
+from job.inputs import write_inputs
 from job.outcome import as_foreseen
-from job.spec import JobSpec, differences, digest, dump, parse
-from job.status import Status
+from job.spec import JobSpec, digest, dump
 from job.storage import transfer
 from job.storage.basemodel import inspect
-from job.storage.store import Store, from_json, local_path, open_store, probe, to_json, translated
-from job.supervision import container, launch, pull
-from job.supervision.announce import Announcer, leave_word, log_to
+from job.storage.parallel import in_parallel
+from job.storage.store import Store, open_store, probe, to_json, translated
+from job.supervision import container, launch, prefix
+from job.supervision.account import JOB, Account
 from job.supervision.attend import Attendant
-from job.supervision.courier import Courier, send_copy
+from job.supervision.courier import Courier
+from job.supervision.folders import Folders
 from job.supervision.leaving import Leaving
-from job.supervision.ledger import attempts, complete, next_number, record_attempt, require_progress, seconds_spent
+from job.supervision.ledger import attempts, complete, next_number, require_progress, seconds_spent
 from job.supervision.own import Ownership, claim
 from job.supervision.prepared_cache import PreparedCache, key_of
-from job.supervision.results import eval_results, model_card
-from job.workdir import WorkDir
+from job.supervision.publishing import publish
 
 log = logging.getLogger(__name__)
 
 CPU_RANKS = "TUNEJOB_CPU_RANKS"
 """Environment variable: ranks on a machine without a GPU, for tests of several processes."""
-JOB = "TUNEJOB_JOB"
-"""Environment variable: name of the Kubernetes Job this attempt is a pod of; absent elsewhere."""
-POD = "TUNEJOB_POD"
-"""Environment variable: name of the pod."""
-
 _WORKER_PHASES = ("worker", "load", "train", "seal", "evaluate")
 """Phases in which the worker's word counts; `worker` until it has said one."""
 
@@ -72,9 +71,7 @@ def supervise(spec: JobSpec, uri: str, work: Path, outcome: Path | None = None) 
             attempt.run()
             code, message = ExitCode.OK, ""
         except Exception as error:
-            foreseen = as_foreseen(error)
-            if isinstance(foreseen, TemporaryFailure) and attempt.leaving.is_asked:
-                foreseen = Interrupted(f"asked to leave; {foreseen}")  # there was no time left to wait for it
+            foreseen = _as_told(error, attempt.leaving)
             if foreseen is None:
                 log.exception("a failure nobody foresaw; please report it")
                 code, message = ExitCode.CRASH, f"{type(error).__name__}: {error}"
@@ -92,32 +89,26 @@ class Attempt:
 
     def __init__(self, spec: JobSpec, uri: str, work: Path) -> None:
         self.spec, self.uri = spec, uri
-        self.workdir = WorkDir(work / f"{_scratch_prefix(uri)}{secrets.token_hex(4)}")
+        self._folders = Folders(work, uri)
+        self.workdir = self._folders.attempt
         self.leaving = Leaving(spec.resources.grace_seconds, self._hurry, self._leave_late)
-        self._brought = work / f"{_scratch_prefix(uri)}inputs"
-        self._prepared_here = work / f"{_scratch_prefix(uri)}prepared"
-        self._began, self._started = time.monotonic(), _now()
-        self._status = Status(run=uri.rstrip("/").rsplit("/", 1)[-1], attempt=1, phase="preflight")
-        self._announcer = Announcer(lambda: self._status)
+        self._account = Account(uri.rstrip("/").rsplit("/", 1)[-1], self.workdir)
         self._scratch = container.Scratch(work)
         self._attendant = Attendant(
             self.workdir,
             self.leaving,
             spec.resources.grace_seconds,
             self._tick,
-            lambda: time.monotonic() - self._began > self._budget_left,
+            lambda: self._account.elapsed > self._budget_left,
             self._require_budget,
-            self._kept,
+            lambda: self._account.kept,
         )
-        self._seconds: dict[str, float] = {}
         self._store: Store | None = None
         self._ownership: Ownership | None = None
         self._courier: Courier | None = None
         self._child: launch.Child | None = None
-        self._log_handler: logging.Handler | None = None
         self._budget_left = float("inf")
-        self._survey_made: pull.Survey | None = None
-        self._manifest: transfer.Manifest | None = None
+        self._cause: Exception | None = None
         self._unsent: JobError | None = None
         self._cache: PreparedCache | None = None
         self._is_in_ledger = False
@@ -140,12 +131,12 @@ class Attempt:
                     "%s: keeps no conditions on writes; see to it that only one attempt runs at a time", store.uri
                 )
         with self._phase("own"):
-            self._refuse_other_spec(store)
+            prefix.require_spec(store, self.spec)
             # Once more when it is ours: another attempt may have published while we watched its heartbeat.
             if self._already_published(store) or not self._own(store):
                 return
         with self._phase("pull"):
-            inputs = self._pull(store)
+            self._pull(store)
         with self._phase("prepare"):
             self._prepare()
         with self._phase("worker"):
@@ -153,47 +144,44 @@ class Attempt:
         with self._phase("verify"):
             self._attend(launch.python_child("job.evaluation.verify", self.workdir.root, log.info), ["verify"])
         with self._phase("publish"):
-            self._publish(store, inputs)
+            self._publish(store)
 
     def close(self, code: ExitCode, message: str) -> None:
         """Leaves word of how it ended, as far as the store still takes it, and gives the run up."""
-        self._announcer.close()
-        self._status = replace(self._status, exit_code=int(code), message=message)
+        self._account.end(code, message)
         if self._store is not None and code != ExitCode.OK:
             self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _LAST_WORDS_SECONDS))
         if self._courier is not None:
             self._courier.stop()
-        if self._store is not None and self._is_ours():
-            for act in (self._tell_status, self._record_attempt, self._push_log):
-                _best_effort(act, self._store)
-            self._sweep_scratch()
+        if self._store is not None and self._ownership is not None and self._is_ours(self._ownership):
+            self._leave_word_in(self._store, self._ownership)
+            self._folders.sweep()
         if self._ownership is not None:
             _best_effort(self._ownership.release, code.name)
-        if self._log_handler is not None:
-            logging.getLogger().removeHandler(self._log_handler)
-            self._log_handler.close()
+        self._account.end_log()
         if code not in (ExitCode.CRASH, ExitCode.INTERNAL):
             shutil.rmtree(self.workdir.root, ignore_errors=True)
         owned = self._ownership is not None and not self._ownership.is_lost
         if owned and EXITS[code].reaction in (JobReaction.COMPLETE, JobReaction.FAIL):  # else the next may need it
-            shutil.rmtree(self._brought, ignore_errors=True)
-            shutil.rmtree(self._prepared_here, ignore_errors=True)
-        self._leave_word()
+            self._folders.forget()
+        self._account.leave_word()
 
-    def _is_ours(self) -> bool:
+    def _leave_word_in(self, store: Store, ownership: Ownership) -> None:
+        _best_effort(self._account.write_status, store)
+        _best_effort(self._account.write_line, store, ownership.generation)
+        if not self._may_be_published:
+            _best_effort(self._account.push_log, store, ownership.generation, ownership.check)
+
+    def _is_ours(self, ownership: Ownership) -> bool:
         """Whether this attempt is in the ledger and, proven now, still owns the run: only then it may write."""
-        if self._ownership is None or not self._is_in_ledger:
+        if not self._is_in_ledger:
             return False
         try:
-            self._ownership.check()
+            ownership.check()
         except JobError as error:
             log.warning("no word of the end is left: %s", error)
             return False
         return True
-
-    def _leave_word(self) -> None:
-        manifest = self._manifest.sha256 if self._manifest else None
-        leave_word(self._status, manifest, time.monotonic() - self._began)
 
     def _hurry(self, until: float) -> None:
         if self._store is not None:
@@ -203,74 +191,49 @@ class Attempt:
         """What must not be left out even if the grace period is over: no orphan, and a word on how it ended."""
         if self._child is not None:
             self._child.kill()
-        if self._status.exit_code == ExitCode.OK:  # published, and only the last words to the store are missing
-            self._leave_word()
-            return ExitCode.OK
-        message = f"asked to leave; the grace period ended in phase {self._status.phase}; {self._kept()}"
-        self._status = replace(self._status, exit_code=int(ExitCode.INTERRUPTED), message=message)
-        self._leave_word()
-        return ExitCode.INTERRUPTED
+        status = self._account.status
+        if status.exit_code is None:  # else it is settled how it ended, and only the last words are missing
+            told = _as_told(self._cause, self.leaving) if self._cause else None
+            cause = told or Interrupted("asked to leave")
+            message = f"{cause}; the grace period ended in phase {status.phase}; {self._account.kept}"
+            self._account.note(exit_code=int(cause.exit_code), message=message)
+        self._account.leave_word()
+        return ExitCode(self._account.status.exit_code or 0)
 
     # own
 
-    def _refuse_other_spec(self, store: Store) -> None:
-        """A prefix belongs to one spec as soon as something was committed there."""
-        found = store.read(layout.TRAINING_CONFIG)
-        if found is None or not self._holds_something(store):
-            return
-        name = f"{store.uri}/{layout.TRAINING_CONFIG}"
-        theirs = parse(found[0], name)
-        if digest(theirs) != digest(self.spec):
-            changes = "; ".join(differences(self.spec, theirs))
-            raise Conflict(f"{store.uri}: belongs to another spec ({changes}); name another output")
-
-    def _holds_something(self, store: Store) -> bool:
-        """A run that was refused or left before its first checkpoint has nothing that another could spoil."""
-        return transfer.any_committed(store) or transfer.read_manifest(store) is not None
-
     def _already_published(self, store: Store) -> bool:
-        self._manifest = transfer.read_manifest(store)
-        if self._manifest is None:
+        manifest = transfer.read_manifest(store)
+        if manifest is None:
             return False
-        transfer.verify_manifest(store, self._manifest, lambda: self.leaving.check("while the result was verified"))
-        self._survey(store)
+        transfer.verify_manifest(store, manifest, self._waiting("the result was verified"))
+        prefix.survey(store, self.spec, self._folders.inputs)
+        self._account.manifest_sha256 = manifest.sha256
         log.info("%s is already complete and its inputs are unchanged; nothing to do", store.uri)
         return True
 
-    def _survey(self, store: Store) -> tuple[pull.Survey, Sequence[pull.Record]]:
-        """The inputs where they lie, seen to be those that earlier attempts read, and what these wrote down.
-
-        Raises:
-            Conflict: they changed; the message names which.
-        """
-        found = store.read(layout.INPUTS)
-        recorded = from_json(found[0], layout.INPUTS)["inputs"] if found else []
-        # A hub's branch may have moved on; the run stays with the commit it began on.
-        commit = next((record["commit"] for record in recorded if record.get("commit")), None)
-        survey = pull.survey(self.spec, self._brought, commit=commit, others=_template_file(self.spec))
-        changes = survey.changed(recorded) if recorded else []
-        if changes:
-            raise Conflict(
-                f"{store.uri}: the inputs changed since this run began: {', '.join(changes)}; "
-                "name another output to train on what is there now"
-            )
-        return survey, recorded
-
     def _own(self, store: Store) -> bool:
         """Makes the run ours. False if it was published meanwhile: then nothing is left to do."""
-        self._ownership = claim(store, digest(self.spec), is_free_of_specs=lambda: not self._holds_something(store))
+        self._ownership = claim(
+            store,
+            digest(self.spec),
+            is_free_of_specs=lambda: not prefix.holds_something(store),
+            tick=self._waiting("another attempt's heartbeat was watched"),
+        )
         if self._already_published(store):
             return False
         store.sweep("")
-        if not self._holds_something(store):
+        if not prefix.holds_something(store):
             store.delete(layout.INPUTS)
             store.delete(layout.TRAINING_CONFIG)
-        number = self._enter_ledger(store)
-        self._sweep_scratch()
+        number = self._enter_ledger(store, self._ownership)
+        self._folders.sweep()
         self.workdir.spec.write_text(dump(self.spec), encoding="utf-8")
         self._fetch_so_far(store, layout.TRAINING_LOG, self.workdir.log)
-        self._log_handler = log_to(self.workdir.log)
-        log.info("run %s, attempt %d: %s of %s", self._status.run, number, self.spec.method, self.spec.model.name)
+        self._account.begin_log()
+        log.info(
+            "run %s, attempt %d: %s of %s", self._account.status.run, number, self.spec.method, self.spec.model.name
+        )
         if store.read(layout.TRAINING_CONFIG) is None:
             transfer.write_once(store, layout.TRAINING_CONFIG, dump(self.spec).encode())
         self._courier = Courier(
@@ -278,19 +241,13 @@ class Attempt:
             self._ownership,
             self.workdir,
             self.spec.checkpoints.keep,
-            self._status_now,
+            self._account.dump,
             _STATUS_SECONDS,
         )
         self._courier.start()
         return True
 
-    def _sweep_scratch(self) -> None:
-        """Removes what attempts that were killed left. Nobody reads it, whatever an orphan of theirs still writes."""
-        for left in self.workdir.root.parent.glob(f"{_scratch_prefix(self.uri)}*"):
-            if left not in (self.workdir.root, self._brought, self._prepared_here):
-                shutil.rmtree(left, ignore_errors=True)
-
-    def _enter_ledger(self, store: Store) -> int:
+    def _enter_ledger(self, store: Store, ownership: Ownership) -> int:
         """This attempt's number, once the ledger has it and what an attempt that vanished left to be said.
 
         Raises:
@@ -299,50 +256,46 @@ class Attempt:
         ledger = attempts(store)
         newest = transfer.newest_step(store)
         complete(store, ledger, newest)
-        self._status = replace(self._status, committed=newest)
         if self.spec.resources.budget_hours is not None:
             self._budget_left = self.spec.resources.budget_hours * 3600 - seconds_spent(ledger)
-        self._status = replace(self._status, attempt=next_number(store))
+        number = next_number(store)
+        self._account.note(attempt=number, committed=newest)
         self._is_in_ledger = True
-        self._record_attempt(store)
+        self._account.write_line(store, ownership.generation)
         self._require_budget()
         require_progress(ledger, os.environ.get(JOB, ""))
-        return self._status.attempt
+        return number
 
     def _require_budget(self) -> None:
-        if time.monotonic() - self._began > self._budget_left:
+        if self._account.elapsed > self._budget_left:
             raise BudgetSpent(
                 f"resources.budget: {self.spec.resources.budget_hours:g} hours over all attempts are used up; the "
-                f"newest committed checkpoint is of step {self._status.committed}. Raise it to go on"
+                f"newest committed checkpoint is of step {self._account.status.committed}. Raise it to go on"
             )
 
     # pull
 
-    def _pull(self, store: Store) -> Inputs:
-        survey, recorded = self._survey(store)
+    def _pull(self, store: Store) -> None:
+        survey, recorded = prefix.survey(store, self.spec, self._folders.inputs)
+        waiting = self._waiting("the inputs were brought")
 
         def tick() -> None:
-            self.leaving.check("while the inputs were brought")
-            self._scratch.check()
-            self._require_ownership()
-            self._announcer.pulling(survey.bytes_here, survey.bytes_to_bring)
+            self._account.announcer.pulling(survey.bytes_here, survey.bytes_to_bring)
+            waiting()
 
-        self._survey_made = survey
+        self._account.brought = survey.bytes_verified
         survey = survey.bring(recorded, tick)
         inspect(survey.inputs.model.path, self.spec.model.name)
-        self._cache = PreparedCache(store, self._prepared_here, key_of(self.spec, survey.records))
+        self._cache = PreparedCache(store, self._folders.prepared, key_of(self.spec, survey.records))
         if not recorded:
             transfer.write_once(store, layout.INPUTS, to_json({"inputs": survey.records}))
         with translated("the record of the inputs: cannot be written", self.workdir.root):
             write_inputs(self.workdir.inputs, survey.inputs)
-        commit = transfer.newest_verified(
-            store, self.workdir.resume, lambda: self.leaving.check("while a checkpoint was brought")
-        )
-        self._status = replace(self._status, committed=commit.step if commit else 0)
+        commit = transfer.newest_verified(store, self.workdir.resume, self._waiting("a checkpoint was brought"))
+        self._account.note(committed=commit.step if commit else 0)
         if commit is not None:
             self._fetch_so_far(store, layout.METRICS, self.workdir.metrics)
             log.info("going on from the checkpoint of step %d", commit.step)
-        return survey.inputs
 
     def _fetch_so_far(self, store: Store, name: str, to: Path) -> None:
         """Log or metrics of the attempts before, if any left them."""
@@ -358,13 +311,7 @@ class Attempt:
         """Prepares the rows, or takes what an earlier attempt prepared of the same inputs."""
         if self._cache is None or self._courier is None:
             raise InternalError("preparing without owning the run")
-
-        def tick() -> None:
-            self.leaving.check("while prepared rows were brought")
-            self._require_ownership()
-            self._announcer.phase("prepare")
-
-        origin = self._cache.take(self.workdir.prepared, tick)
+        origin = self._cache.take(self.workdir.prepared, self._waiting("prepared rows were brought"))
         if origin is not None:
             log.info("the rows are those an earlier attempt prepared, kept by %s", origin)
         else:
@@ -381,7 +328,8 @@ class Attempt:
         processes = [f"rank-{rank}" for rank in range(ranks)]
         try:
             self._attend(child, processes, trains=True)
-        except Exception:
+        except Exception as error:
+            self._cause = error
             if self._store is not None:
                 self._store.hurry(min(self.leaving.leave_by, time.monotonic() + _AFTER_FAILURE_SECONDS))
             self._flush()  # what was sealed before a failure is worth as much as what was sealed before success
@@ -393,8 +341,8 @@ class Attempt:
         """Commits whatever is sealed; what kept it from that is kept, for there may be a better reason to tell."""
         self._unsent = None
         try:
-            if self._courier is not None:
-                self._courier.finish()
+            if self._courier is not None:  # it may wait for the store for minutes
+                in_parallel(Courier.finish, [self._courier], self._account.tell)
         except JobError as error:
             log.warning("%s", error)
             self._unsent = error
@@ -408,27 +356,21 @@ class Attempt:
         finally:
             self._child = None
 
-    def _kept(self) -> str:
-        if not self._status.committed:
-            return "nothing was trained yet"
-        return f"the newest committed checkpoint is of step {self._status.committed}"
-
     def _tick(self) -> None:
         """A few times a second while a child works.
 
         Raises:
             JobError: what ends the attempt though the child is well.
         """
-        if self._status.phase in _WORKER_PHASES:
+        if self._account.status.phase in _WORKER_PHASES:
             with suppress(FileNotFoundError):
                 word = read_json(self.workdir.progress)
-                known = {key: word[key] for key in ("phase", "step", "steps", "loss") if key in word}
-                self._status = replace(self._status, **known)
-                self._announcer.progress(word)
+                self._account.note(**{key: word[key] for key in ("phase", "step", "steps", "loss") if key in word})
+                self._account.announcer.progress(word)
         else:
-            self._announcer.phase(self._status.phase)
+            self._account.tell()
         memory = container.memory()
-        self._status = replace(self._status, memory=round(memory.share, 3) if memory else None)
+        self._account.note(memory=round(memory.share, 3) if memory else None)
         self._merge_committed()
         if self._courier is not None:
             self._courier.check()
@@ -436,9 +378,8 @@ class Attempt:
         self._require_ownership()
 
     def _merge_committed(self) -> None:
-        step = self._courier.committed if self._courier else 0
-        if step > self._status.committed:
-            self._status = replace(self._status, committed=step, step=max(step, self._status.step))
+        if self._courier is not None:
+            self._account.note_committed(self._courier.committed)
 
     def _require_ownership(self) -> None:
         if self._ownership is not None and self._ownership.is_lost:
@@ -446,44 +387,29 @@ class Attempt:
 
     # publish
 
-    def _publish(self, store: Store, inputs: Inputs) -> None:
+    def _publish(self, store: Store) -> None:
         if self._ownership is None:
             raise InternalError("publishing without owning the run")
-        work = self.workdir
-        results = eval_results(
-            self._status.run,
-            self.spec,
-            read_json(work.evaluation),
-            read_json(work.data_report),
-            read_json(work.verification),
-            read_json(work.performance),
-            self._seconds,
-        )
-        write_json(work.results, results)
-        work.card.write_text(model_card(self._status.run, self.spec, results), encoding="utf-8")
-        log.info("publishing to %s", store.uri)
-        files = {path.name: path for path in work.adapter.iterdir()}
-        log_so_far = work.outgoing / layout.TRAINING_LOG  # the log itself still grows
-        work.outgoing.mkdir(exist_ok=True)
-        shutil.copyfile(work.log, log_so_far)
-        files |= {
-            layout.TRAINING_CONFIG: work.spec,
-            layout.TRAINING_LOG: log_so_far,
-            layout.METRICS: work.metrics,
-            layout.EVAL_RESULTS: work.results,
-            layout.MODEL_CARD: work.card,
-        }
-        self._ownership.check()
+        if self._already_published(store):  # an owner before us did not know that it was none any more
+            return
         self.leaving.check("before publishing; the next attempt publishes without training")
 
         def tick() -> None:
             self.leaving.check_time("while publishing; the next attempt publishes without training")
             self._require_ownership()
-            self._announcer.phase("publish")
+            self._account.tell()
 
-        published = read_json(work.evaluation).get("published_step")
-        extra = {"run": self._status.run, "spec_digest": digest(self.spec), "published_step": published}
-        self._manifest = transfer.publish(store, files, extra, tick, self._expect_publication)
+        manifest = publish(
+            store,
+            self.workdir,
+            self.spec,
+            self._account.status.run,
+            self._account.seconds,
+            self._ownership.check,
+            tick,
+            self._expect_publication,
+        )
+        self._account.manifest_sha256 = manifest.sha256
         for entry in list(store.list(layout.SO_FAR)):
             _best_effort(store.delete, entry.key)
         if self._courier is not None and self._cache is not None:
@@ -493,51 +419,35 @@ class Attempt:
     def _expect_publication(self) -> None:
         self._may_be_published = True
 
-    # word of it
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.leaving.check(f"before {name}")
-        self._status = replace(self._status, phase=name)
-        self._announcer.phase(name)
-        if self._courier is not None:
-            self._courier.tell()
-        start = time.monotonic()
-        yield
-        self._seconds[name] = time.monotonic() - start
+        with self._account.phase(name):
+            if self._courier is not None:
+                self._courier.tell()
+            yield
 
-    def _status_now(self) -> bytes:
-        seconds = {name: round(value, 3) for name, value in list(self._seconds.items())}
-        return replace(self._status, seconds=seconds, elapsed=round(time.monotonic() - self._began, 3)).dump()
+    def _waiting(self, doing: str) -> Callable[[], None]:
+        """What is to be done a few times a second while something else than a child is waited for."""
 
-    def _tell_status(self, store: Store) -> None:
-        store.write(layout.STATUS, self._status_now())
+        def tick() -> None:
+            self.leaving.check(f"while {doing}")
+            self._scratch.check()
+            self._require_ownership()
+            self._account.tell()
 
-    def _record_attempt(self, store: Store) -> None:
-        """This attempt's line of the ledger: at its start without an end, at its end with one."""
-        ended = self._status.exit_code is not None
-        record = {
-            "attempt": self._status.attempt,
-            "generation": self._ownership.generation if self._ownership else None,
-            "started": self._started,
-            "ended": _now() if ended else None,
-            "seconds": round(time.monotonic() - self._began, 3),
-            "exit_code": self._status.exit_code,
-            "message": self._status.message,
-            "committed": self._status.committed,
-            "brought": self._survey_made.bytes_verified() if self._survey_made else 0,
-            "job": os.environ.get(JOB, ""),
-            "pod": os.environ.get(POD, ""),
-        }
-        record_attempt(store, self._status.attempt, record)
+        return tick
 
-    def _push_log(self, store: Store) -> None:
-        """The log so far, for the next attempt and, while there is no result, for people."""
-        if self._log_handler is None or self._may_be_published or self._ownership is None:
-            return
-        self._log_handler.flush()
-        for key in (layout.so_far(layout.TRAINING_LOG, self._ownership.generation), layout.TRAINING_LOG):
-            send_copy(store, self.workdir.log, key, self.workdir.outgoing)
+
+def _as_told(error: Exception, leaving: Leaving) -> JobError | None:
+    """The failure of ours that ends an attempt; None if nobody foresaw it.
+
+    What waiting might have cured is an interruption where we were asked to leave: there was no time left to wait.
+    """
+    foreseen = as_foreseen(error)
+    if leaving.is_asked and isinstance(foreseen, TemporaryFailure) and not isinstance(foreseen, RankLost):
+        return Interrupted(f"asked to leave; {foreseen}")
+    return foreseen
 
 
 def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
@@ -545,22 +455,6 @@ def _best_effort(act: Callable[..., None], *arguments: Any) -> None:
         act(*arguments)
     except (JobError, OSError) as error:
         log.warning("could not leave word of the end: %s", error)
-
-
-def _scratch_prefix(uri: str) -> str:
-    """Begins the name of every scratch folder of one run."""
-    path = local_path(uri)
-    return hashlib.sha256(str(path.resolve() if path else uri).encode()).hexdigest()[:16] + "-"
-
-
-def _template_file(spec: JobSpec) -> list[Input]:
-    """The chat template that is a file of the user's: an input like the data."""
-    name = spec.data.chat_template or ""
-    return [Input(name, Path(name))] if name.endswith(".jinja") and Path(name).is_file() else []
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _refuse_unoffered(spec: JobSpec) -> None:

@@ -11,14 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cluster.bucket import BUCKET, PORT, Bucket
 from tests.cluster.kit import ROLES, Kit, install, kubeconfig_of, write_profile
 from tests.cluster.kubectl import Kubectl, manifest
-from tests.cluster.running import CREDENTIALS, FIGURES, SMALL, Ended, Lab, lacking, tiny_spec
+from tests.cluster.running import CREDENTIALS, SMALL, Ended, Lab, lacking, tiny_spec
 from tests.job import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,23 +121,3 @@ LONG = {
 def straight(lab: Lab) -> Ended:
     """A run that nothing disturbs; those that are disturbed must end like it."""
     return lab.job(tiny_spec("long", **LONG)).run().completed()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands what a worker of xdist measured to the process that prints it."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["figures"] = FIGURES
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Takes what a worker measured."""
-    FIGURES.extend(getattr(node, "workeroutput", {}).get("figures", []))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what was measured."""
-    if FIGURES:
-        terminalreporter.section("measured on the cluster")
-        for line in FIGURES:
-            terminalreporter.write_line(line)

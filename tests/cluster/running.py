@@ -23,9 +23,6 @@ CREDENTIALS = "s3-credentials"
 EMPTY_DIR = "emptyDir: {{sizeLimit: {}}}"
 CLAIM = "persistentVolumeClaim: {{claimName: {}}}"
 
-FIGURES: list[str] = []
-"""What tests measured; printed at the end."""
-
 
 def lacking(what: str) -> NoReturn:
     """Skips with the reason; where a cluster is required, fails with it."""

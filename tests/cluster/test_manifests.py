@@ -8,10 +8,10 @@ import yaml
 
 from job.__main__ import OUTPUT
 from job.exits import CONTAINER, pod_failure_policy
-from job.supervision import container, own, supervisor
+from job.supervision import account, container, own
 from tests.cluster.kubectl import MANIFESTS
 
-KNOWN = {OUTPUT, supervisor.JOB, supervisor.POD, container.SCRATCH_LIMIT, own.HEARTBEAT_VARIABLE}
+KNOWN = {OUTPUT, account.JOB, account.POD, container.SCRATCH_LIMIT, own.HEARTBEAT_VARIABLE}
 
 
 def job() -> Any:

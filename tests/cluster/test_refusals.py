@@ -15,7 +15,6 @@ def test_a_missing_key_ends_the_job_after_one_pod(lab: Lab) -> None:
     assert f"s3://{BUCKET}/data/absent.jsonl" in pod.said["message"]
 
 
-@pytest.mark.full
 def test_a_refused_secret_ends_the_job_after_one_pod(lab: Lab) -> None:
     unknown = Key()
     ended = lab.job(tiny_spec("refused"), credentials=lab.make_credentials("unknown", unknown)).run()

@@ -9,8 +9,9 @@ import torch
 
 from tests.cluster.bucket import BUCKET
 from tests.cluster.kubectl import wait_for
-from tests.cluster.running import FIGURES, SMALL, Ended, KubeJob, Lab, tiny_spec
+from tests.cluster.running import SMALL, Ended, KubeJob, Lab, tiny_spec
 from tests.job import tiny
+from tests.measured import FIGURES
 
 pytestmark = pytest.mark.cluster
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 STUCK = """
-    import sys, threading, time
+    import os, signal, sys, threading, time
     from pathlib import Path
     from job.supervision.leaving import Leaving
     hurried = []
@@ -30,6 +30,9 @@ STUCK = """
             leaving.check("in a test")
         except Exception as error:
             print(type(error).__name__, error, flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # how it ended is said: nothing changes it
+        os.kill(os.getpid(), number)
+    print("as it was", flush=True)
 """
 
 
@@ -57,5 +60,5 @@ def test_who_looks_leaves_in_good_order(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert said == "Interrupted asked to leave in a test\n"
+    assert said == "Interrupted asked to leave in a test\nas it was\n"
     assert not (tmp_path / "told").exists()

@@ -1,5 +1,6 @@
 """Ownership: one attempt owns a run, a living owner is never taken over, and a fenced one writes nothing more."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import Conflict, Fenced, IntegrityFailure, TemporaryFailure
+from job.errors import Conflict, Fenced, IntegrityFailure, Interrupted, TemporaryFailure
 from job.layout import OWNER
 from job.process import Identity, Life, life_of, this_process
 from job.storage.directory import DirectoryStore
@@ -195,6 +196,21 @@ def test_of_two_watchers_one_takes_over(store: DirectoryStore) -> None:
         claimed(store, time=Time(rival_now))
     rival[0].check()
     assert owner_of(store).generation == 2
+
+
+def test_who_watches_a_heartbeat_may_be_asked_to_leave_at_any_moment(store: DirectoryStore) -> None:
+    claimed(store, identity=ELSEWHERE)
+    time, asked = Time(), []
+
+    def tick() -> None:
+        asked.append(time.now)
+        if time.now > 30:
+            raise Interrupted("asked to leave")
+
+    with pytest.raises(Interrupted):
+        claim(store, "spec-1", interval_seconds=20, heartbeat=False, tick=tick, clock=time.clock, sleep=time.sleep)
+    assert max(after - before for before, after in itertools.pairwise(asked)) < 1.0
+    assert owner_of(store).generation == 1
 
 
 class LosesReplies(DirectoryStore):

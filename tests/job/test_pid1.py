@@ -67,7 +67,7 @@ MOMENTS: dict[str, Callable[[Pod, Path], bool]] = {
 }
 
 
-CHOSEN = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1))
+CHOSEN = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1), ("verify", 1))
 """Of the moments that take long these are tried on every change, all others in the full tier."""
 QUICK = ("the start", "prepare")
 
@@ -118,7 +118,7 @@ def test_a_rank_that_is_killed_is_lost_and_no_interruption(folder: Path) -> None
 
 def test_a_worker_that_hangs_is_ended_with_its_stacks(folder: Path) -> None:
     output = folder / "out" / "hung"
-    pod = Pod(folder, str(output), {"TUNEJOB_CPU_RANKS": "2", "TUNEJOB_HANG_SECONDS": "3"})
+    pod = Pod(folder, str(output), {"TUNEJOB_CPU_RANKS": "2", "TUNEJOB_HANG_SECONDS": "10"})
     process = pod.start()
     wait_for(lambda: pod.progress().get("step", 0) >= 12, process, "step 12")
     (pid_file,) = pod.scratch.glob("*/outcomes/rank-1.pid")

@@ -1,6 +1,7 @@
 """The supervisor at the moments that a whole run meets too rarely: about to publish, overtaken, refused."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from job import layout
-from job.errors import TemporaryFailure
+from job.errors import DataInvalid, DiskFailure, Interrupted, RankLost, TemporaryFailure
 from job.exits import ExitCode
 from job.files import write_json
 from job.spec import JobSpec, digest, dump
 from job.storage import transfer
 from job.storage.directory import DirectoryStore
 from job.storage.store import to_json
+from job.supervision.announce import TERMINATION_LOG
+from job.supervision.courier import Courier
 from job.supervision.own import claim, read_owner
 from job.supervision.supervisor import Attempt
 
@@ -64,7 +67,7 @@ def ready_to_publish(attempt: Attempt) -> None:
     for path in (work.evaluation, work.data_report, work.verification):
         write_json(path, {"skipped": "nothing to evaluate on"})
     write_json(work.performance, {"phases": {"load": 1.0, "train": 1.0}, "peak_bytes": {}})
-    attempt._seconds["worker"] = 3.0
+    attempt._account.seconds["worker"] = 3.0
     work.adapter.mkdir()
     (work.adapter / layout.ADAPTER_SAFETENSORS).write_text("weights")
     work.metrics.write_text('{"step": 1}\n')
@@ -85,11 +88,10 @@ def test_a_result_whose_publication_was_not_heard_of_is_left_as_it_is(
         return etag
 
     monkeypatch.setattr(DirectoryStore, "write", lose_reply)
-    monkeypatch.setattr("job.supervision.supervisor.model_card", lambda *_: "card")
-    monkeypatch.setattr("job.supervision.supervisor.eval_results", lambda *_: {})
-    inputs = attempt._survey(store)[0].inputs
+    monkeypatch.setattr("job.supervision.publishing.model_card", lambda *_: "card")
+    monkeypatch.setattr("job.supervision.publishing.eval_results", lambda *_: {})
     with pytest.raises(TemporaryFailure):
-        attempt._publish(store, inputs)
+        attempt._publish(store)
     monkeypatch.setattr(DirectoryStore, "write", write)
     attempt.close(ExitCode.TEMPFAIL, "the reply was lost")
     assert is_whole(store)
@@ -134,7 +136,7 @@ def test_a_refused_attempt_leaves_the_owner_s_downloads(
     attempt: Attempt, store: DirectoryStore, spec: JobSpec, tmp_path: Path
 ) -> None:
     owner = claim(store, digest(spec), heartbeat=False)
-    brought = attempt._brought / "model"
+    brought = attempt._folders.inputs / "model"
     brought.mkdir(parents=True)
     attempt.close(ExitCode.CONFLICT, "the inputs changed")
     assert brought.exists()
@@ -144,4 +146,78 @@ def test_a_refused_attempt_leaves_the_owner_s_downloads(
 def test_the_number_of_an_attempt_is_above_every_one_before(attempt: Attempt, store: DirectoryStore) -> None:
     store.write(layout.attempt_key(7), b"{half")
     assert attempt._own(store)
-    assert attempt._status.attempt == 8
+    assert attempt._account.status.attempt == 8
+
+
+def test_a_result_of_an_owner_that_had_lost_the_run_unaware_is_left_as_it_is(
+    attempt: Attempt, store: DirectoryStore, spec: JobSpec, tmp_path: Path
+) -> None:
+    assert attempt._own(store)
+    ready_to_publish(attempt)
+    (store.root / layout.TRAINING_CONFIG).unlink()
+    publish(store, spec, tmp_path / "other")
+    before = {entry.key: entry.etag for entry in store.list("adapter")}
+    attempt._publish(store)
+    assert {entry.key: entry.etag for entry in store.list("adapter")} == before
+    assert is_whole(store)
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (None, ExitCode.INTERRUPTED),
+        (DataInvalid("row 7"), ExitCode.DATA),
+        (RankLost("rank-1"), ExitCode.TEMPFAIL),
+        (TemporaryFailure("the store is away"), ExitCode.INTERRUPTED),
+    ],
+    ids=["nothing but the request", "a cause", "a lost rank", "what time might have cured"],
+)
+def test_the_end_of_the_grace_period_hides_no_cause_that_is_known(
+    cause: Exception | None, code: ExitCode, attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "word").touch()
+    monkeypatch.setenv(TERMINATION_LOG, str(tmp_path / "word"))
+    attempt.leaving._ask()
+    attempt._cause = cause
+    assert attempt._leave_late() == code
+    said = json.loads((tmp_path / "word").read_text())
+    assert said["code"] == code
+    assert str(cause or "asked to leave") in said["message"]
+
+
+def test_what_is_settled_stays_settled_if_the_last_words_take_too_long(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "word").touch()
+    monkeypatch.setenv(TERMINATION_LOG, str(tmp_path / "word"))
+    attempt._account.end(ExitCode.NOINPUT, "no such object")
+    attempt.leaving._ask()
+    assert attempt._leave_late() == ExitCode.NOINPUT
+    assert json.loads((tmp_path / "word").read_text())["message"] == "no such object"
+
+
+def test_whatever_is_waited_for_a_request_a_full_volume_and_the_progress_are_seen_to(
+    attempt: Attempt, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEJOB_LOG", "json")
+    attempt._waiting("a checkpoint was brought")()
+    assert json.loads(capfd.readouterr().out)["phase"] == "preflight"
+    monkeypatch.setattr(attempt._scratch, "_limit", 1)
+    monkeypatch.setattr(attempt._scratch, "_looked", -1e9)
+    (attempt.workdir.root / "large").write_bytes(b"x" * 10_000)
+    with pytest.raises(DiskFailure, match="scratch"):
+        attempt._waiting("a checkpoint was brought")()
+    attempt.leaving._ask()
+    with pytest.raises(Interrupted, match="asked to leave while a checkpoint was brought"):
+        attempt._waiting("a checkpoint was brought")()
+
+
+def test_progress_is_told_while_checkpoints_wait_for_the_store(
+    attempt: Attempt, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attempt._own(store)
+    told: list[float] = []
+    monkeypatch.setattr(attempt._account, "tell", lambda: told.append(time.monotonic()))
+    monkeypatch.setattr(Courier, "finish", lambda self: time.sleep(1.0))
+    attempt._flush()
+    assert len(told) >= 2

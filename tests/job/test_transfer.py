@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from job.errors import Conflict, InputMissing, IntegrityFailure
+from job.errors import Conflict, Fenced, InputMissing, IntegrityFailure
 from job.files import FileEntry
 from job.layout import COMMIT, MANIFEST, checkpoint_prefix
 from job.storage.directory import DirectoryStore
@@ -250,6 +250,43 @@ def test_a_result_is_published_once(store: DirectoryStore, tmp_path: Path) -> No
     with pytest.raises(Conflict):
         publish(store, result(tmp_path), {})
     assert list(store.list("")) == before
+
+
+def test_a_late_manifest_of_an_owner_that_lost_the_run_gives_way_to_the_owner_s(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    """It was under way while the run was taken over, and lands when the successor's files are there already."""
+    proofs: list[str] = []
+    manifest = publish(
+        store,
+        result(tmp_path),
+        {"run": "mine"},
+        lambda: proofs.append("still mine"),
+        before_seal=lambda: store.write(MANIFEST, b'{"files": [], "run": "theirs"}') and None,
+    )
+    assert read_manifest(store) == manifest
+    assert manifest.record["run"] == "mine"
+    verify_manifest(store, manifest)
+    assert len(proofs) == 3  # before the files, before the manifest, and before the other one is replaced
+
+
+def test_who_lost_the_run_while_publishing_writes_over_nothing(store: DirectoryStore, tmp_path: Path) -> None:
+    """Its successor publishes between its last proof and its writing."""
+
+    def taken_over() -> None:
+        if read_manifest(store) is not None:
+            raise Fenced("it belongs to another")
+        (tmp_path / "theirs").write_text("of the successor")
+        theirs = dict.fromkeys(result(tmp_path / "again"), tmp_path / "theirs")
+        publish(store, theirs, {"run": "theirs"})
+
+    (tmp_path / "again").mkdir()
+    with pytest.raises(Fenced):
+        publish(store, result(tmp_path), {"run": "mine"}, taken_over)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    assert manifest.record["run"] == "theirs"
+    verify_manifest(store, manifest)
 
 
 def test_a_file_to_publish_that_is_missing_publishes_nothing(store: DirectoryStore, tmp_path: Path) -> None:

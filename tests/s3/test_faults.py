@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import DiskFailure, IntegrityFailure, SpecInvalid, TemporaryFailure
+from job.errors import DiskFailure, Fenced, IntegrityFailure, SpecInvalid, TemporaryFailure
 from job.process import Identity
 from job.storage import transfer
 from job.storage.s3 import S3Store
@@ -95,6 +95,33 @@ def test_a_file_in_parts_survives_what_passes(
     assert sent.sha256 == hashlib.sha256(large.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("size", [1000, LARGE])
+def test_a_write_on_a_condition_whose_reply_is_lost_has_landed(
+    size: int, s3: S3Store, proxy: Proxy, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(os.urandom(size))
+    proxy.on("PUT" if size < LARGE else "POST", "/a(\\?uploadId=.*)?$", lose_reply)
+    sent = s3.put(tmp_path / "a", "a", if_absent=True)
+    assert proxy.count("^(PUT|POST) [^?]*/a(\\?uploadId=[^&]*)?$") > 1
+    assert s3.digest("a") == sent
+
+
+def test_a_store_that_knows_no_condition_on_large_objects_gets_them_without(
+    s3: S3Store, proxy: Proxy, large: Path
+) -> None:
+    def refuse(exchange: Exchange) -> None:
+        if any(name.lower() == "if-none-match" for name in exchange.headers):
+            answer(501, "NotImplemented", "A header you provided implies functionality that is not implemented")(
+                exchange
+            )
+        else:
+            exchange.send(exchange.forward())
+
+    proxy.on("POST", "uploadId=", refuse, times=None)
+    sent = s3.put(large, "large", if_absent=True)
+    assert s3.digest("large") == sent
+
+
 def test_a_completion_that_turns_into_an_error_is_tried_again(s3: S3Store, proxy: Proxy, large: Path) -> None:
     def error_with_200(exchange: Exchange) -> None:
         body = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>again</Message></Error>"
@@ -103,6 +130,32 @@ def test_a_completion_that_turns_into_an_error_is_tried_again(s3: S3Store, proxy
     proxy.on("POST", "uploadId=", error_with_200, times=2)
     sent = s3.put(large, "large")
     assert s3.digest("large") == sent
+
+
+def opaque_etag(exchange: Exchange) -> None:
+    """A store whose etag is its own, as some have it: parts then cannot be asked for by it."""
+    reply = exchange.forward()
+    fields = [(name, value) for name, value in reply.headers if name.lower() != "etag"]
+    exchange.send(Reply(reply.status, fields, reply.body))
+
+
+@pytest.mark.parametrize("etag", ["an MD5", "opaque"])
+@pytest.mark.parametrize("size", [0, 1000, LARGE])
+def test_what_another_program_uploaded_is_proven_too(
+    size: int, etag: str, s3: S3Store, uri: str, weed: Weed, proxy: Proxy, tmp_path: Path
+) -> None:
+    """A plain client writes no SHA-256 beside its objects, and takes altered bytes for good."""
+    data = os.urandom(size)
+    (tmp_path / "a").write_bytes(data)
+    key = f"{uri.removeprefix(f's3://{BUCKET}/')}/a"
+    client(weed.url, weed.identities["admin"]).upload_file(str(tmp_path / "a"), BUCKET, key)
+    if etag == "opaque":
+        proxy.on("HEAD", "/a", opaque_etag, times=None)
+    if size:
+        proxy.on("GET", "/a", flip_reply)
+    got = s3.get("a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == data
+    assert got.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("fault", [truncate, flip_reply, drop], ids=["truncated", "flipped", "reset"])
@@ -236,6 +289,54 @@ def test_lost_replies_cost_neither_ownership_nor_a_checkpoint_nor_the_result(
     manifest = transfer.read_manifest(s3)
     assert manifest is not None
     transfer.verify_manifest(s3, manifest)
+
+
+@pytest.mark.parametrize("late", ["eval_results.json", "adapter_model.safetensors", "manifest.json"])
+def test_what_a_cut_off_owner_still_had_under_way_spoils_nothing_of_its_successor_s(
+    late: str, enter: Enter, proxy: Proxy, weed: Weed, uri: str, tmp_path: Path
+) -> None:
+    """One of its writes arrives when the run was taken over and published."""
+
+    def files(who: str) -> dict[str, Path]:
+        folder = tmp_path / who
+        folder.mkdir()
+        (folder / "eval_results.json").write_text(f"of {who}")
+        (folder / "adapter_model.safetensors").write_bytes(who.encode() * PART_BYTES)
+        return {path.name: path for path in folder.iterdir()}
+
+    enter("owner", proxy.url)
+    old = S3Store(uri, patience=QUICK)
+    new = S3Store(uri, patience=QUICK, settings={"AWS_ENDPOINT_URL_S3": weed.url})
+    goes_on, held = threading.Event(), threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        held.set()
+        goes_on.wait(60)
+        exchange.send(exchange.forward())
+
+    cut_off = claim(old, "spec", Identity(1, "pod-a"), interval_seconds=0.5)
+
+    def publish() -> None:
+        transfer.publish(old, files("a"), {"run": "a"}, cut_off.check)
+
+    method, path = ("POST", "uploadId=") if late.startswith("adapter") else ("PUT", f"/{late}")
+    proxy.on(method, path, hold)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(publish)
+        assert held.wait(60)
+        proxy.on("PUT", "owner.json", drop, times=None)  # from here on no heartbeat arrives
+        successor = claim(new, "spec", Identity(1, "pod-b"), interval_seconds=0.5)
+        assert successor.generation == 2
+        transfer.publish(new, files("b"), {"run": "b"}, successor.check)
+        successor.release("OK")
+        proxy.heal()
+        goes_on.set()
+        with pytest.raises(Fenced):
+            ended.result(60)
+    manifest = transfer.read_manifest(new)
+    assert manifest is not None
+    assert manifest.record["run"] == "b"
+    transfer.verify_manifest(new, manifest)
 
 
 @pytest.mark.parametrize(("status", "code"), [(404, "NoSuchKey"), (412, "PreconditionFailed")], ids=["404", "412"])

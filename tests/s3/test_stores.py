@@ -11,8 +11,8 @@ import pytest
 from job.errors import Fenced, InputMissing, IntegrityFailure
 from job.process import Identity
 from job.storage import transfer
-from job.storage.s3 import SMALL_BYTES
 from job.storage.s3_client import PART_BYTES
+from job.storage.s3_move import SMALL_BYTES
 from job.storage.store import PreconditionFailed, Store, probe
 from job.supervision.own import claim, read_owner
 
@@ -36,6 +36,24 @@ def test_files_of_every_size_come_back_as_they_were(store: Store, tmp_path: Path
         found = store.stat("checkpoints/a.bin")
         assert found is not None
         assert found.size == size
+
+
+def test_a_file_replaces_only_what_it_was_promised(store: Store, tmp_path: Path) -> None:
+    for size in (10, SMALL_BYTES + 1, PART_BYTES + 1):
+        first, second = (file_with(tmp_path / name, os.urandom(size)) for name in ("first", "second"))
+        key = f"file-{size}"
+        store.put(first, key, if_absent=True)
+        there = store.stat(key)
+        assert there is not None
+        with pytest.raises(PreconditionFailed):
+            store.put(second, key, if_absent=True)
+        store.put(second, key, if_match=there.etag)
+        with pytest.raises(PreconditionFailed):
+            store.put(first, key, if_match=there.etag)
+        with pytest.raises(PreconditionFailed):
+            store.put(first, f"no-{key}", if_match=there.etag)
+        assert store.get(key, tmp_path / "back").sha256 == hashlib.sha256(second.read_bytes()).hexdigest()
+        assert store.stat(f"no-{key}") is None
 
 
 def test_what_is_brought_leaves_no_scratch_file(store: Store, tmp_path: Path) -> None:
