@@ -18,13 +18,19 @@ STORE_SIDE = {
     "job.storage.s3_ask",
     "job.storage.s3_client",
     "job.storage.s3_errors",
+    "job.storage.s3_move",
+    "job.storage.s3_proof",
     "job.storage.transfer",
     "job.supervision.own",
     "job.supervision.ledger",
     "job.storage.basemodel",
     "job.storage.hub",
     "job.supervision.supervisor",
+    "job.supervision.account",
     "job.supervision.announce",
+    "job.supervision.folders",
+    "job.supervision.prefix",
+    "job.supervision.publishing",
 }
 
 AGREEMENT = {
@@ -70,8 +76,8 @@ WORKER = {
 ONLY = {
     "boto3": set[str](),
     "kubernetes": {"launcher.cluster"},
-    "botocore": {"job.storage.s3", "job.storage.s3_client", "job.storage.s3_errors"},
-    "s3transfer": {"job.storage.s3", "job.storage.s3_client", "job.storage.s3_errors"},
+    "botocore": {"job.storage.s3_move", "job.storage.s3_client", "job.storage.s3_errors"},
+    "s3transfer": {"job.storage.s3_move", "job.storage.s3_client", "job.storage.s3_errors"},
     "yaml": {"job.strict_yaml"},
     "pytest": set[str](),
 }
