@@ -153,6 +153,28 @@ class Lora(Section):
         """How many times the rank that trains is published: parts of the base that it began with go along."""
         return 2 if self.begins_with_parts else 1
 
+    @field_validator("target_modules", "modules_to_save", "new_tokens")
+    @classmethod
+    def _no_empty_name(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if "" in tuple(value):  # the end of every name
+            raise ValueError("an empty name stands in the list; remove it")
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_layers(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("the list is empty, and an adapter needs layers; name some, or write all-linear")
+        return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = next((token for token in value if value.count(token) > 1), None)
+        if twice is not None:
+            raise ValueError(f'"{twice}" stands in the list twice; remove one of both')
+        return value
+
     @field_validator("init")
     @classmethod
     def _parts_of_plain_weights(cls, value: str, info: ValidationInfo) -> str:

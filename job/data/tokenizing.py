@@ -1,6 +1,6 @@
 """The base model's tokenizer, and what its config says of the rows a model can take. No weights are read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.data.row_writer import Limits
@@ -18,16 +18,25 @@ def open_tokenizer(model: Input, spec: JobSpec) -> tuple[Any, Limits]:
 
     Raises:
         InputMissing: there is no config.json.
-        SpecInvalid: config or tokenizer cannot be used, or rows are to be longer than the model's positions.
+        SpecInvalid: config or tokenizer cannot be used, rows are to be longer than the model's positions, or a token
+            is not new.
     """
     config = _model_config(model)
     _check_length(spec.training.max_length, config)
     tokenizer = _tokenizer(model)
     vocabulary = _vocabulary(config)
     if spec.lora.new_tokens:
-        tokenizer.add_tokens(list(spec.lora.new_tokens))
+        _add_tokens(tokenizer, spec.lora.new_tokens)
         vocabulary = max(vocabulary or 0, len(tokenizer))  # the worker makes room for them
     return tokenizer, Limits(spec.training.max_length, spec.training.long_rows, vocabulary)
+
+
+def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        # Of a token that is there already the base's own row would train.
+        if token in known or not tokenizer.add_tokens([token]):
+            raise SpecInvalid(f"lora.new_tokens: the model's tokenizer knows {token!r} already; leave it out")
 
 
 def _model_config(model: Input) -> Mapping[str, Any]:

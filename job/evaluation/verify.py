@@ -92,7 +92,7 @@ def check_structure(folder: Path, spec: JobSpec) -> dict[str, Tensor]:
     if not any("lora_" in name for name in weights):
         raise IntegrityFailure("the sealed adapter holds no LoRA tensors")
     for name, tensor in weights.items():
-        layer = name.split(".lora_", 1)[0]
+        layer = name.split(".lora_", 1)[0].removeprefix("base_model.model.")  # a pattern may begin with ^
         _check_tensor(name, tensor, weights, ranks.get(get_pattern_key(list(ranks), layer), times * spec.lora.r))
     if (folder / ADAPTER_SAFETENSORS).exists() and (folder / ADAPTER_BIN).exists():
         _check_same(weights, torch.load(folder / ADAPTER_BIN, weights_only=True))

@@ -130,8 +130,13 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
     wanted = spec.lora
     if wanted.init == "orthogonal" and any(rank % 2 for rank in (wanted.r, *wanted.rank_pattern.values())):
         raise SpecInvalid("lora.init: orthogonal needs even ranks; change lora.r or lora.rank_pattern")
-    targets = _targets(base, spec)
-    names = [name for name in parts.linear(base) if _means(targets, name)]
+    targets, saved = _targets(base, spec), _saved(base, spec)
+    names = _adapted(base, targets, saved)
+    if not names and saved:
+        raise SpecInvalid(
+            f"lora.modules_to_save: {', '.join(wanted.modules_to_save)}: whole, they leave no layer of "
+            "lora.target_modules to adapt; name smaller modules"
+        )
     for key, pattern in (("rank_pattern", wanted.rank_pattern), ("alpha_pattern", wanted.alpha_pattern)):
         _refuse_idle(key, pattern, names)
     return LoraConfig(
@@ -145,7 +150,7 @@ def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
         rank_pattern=dict(wanted.rank_pattern),
         alpha_pattern={name: _plain(alpha) for name, alpha in wanted.alpha_pattern.items()},
         bias=wanted.bias,
-        modules_to_save=_saved(base, spec) or None,
+        modules_to_save=saved or None,
         trainable_token_indices=rows_of(base, spec, tokens),
         task_type="CAUSAL_LM",
     )
@@ -182,6 +187,8 @@ def _saved(base: nn.Module, spec: JobSpec) -> list[str]:
     found: list[str] = []
     for wanted in spec.lora.modules_to_save:
         meant = [name for name, _ in base.named_modules() if _means([wanted], name)]
+        if any(isinstance(base.get_submodule(name), nn.ModuleList | nn.ModuleDict) for name in meant):
+            raise SpecInvalid(f"lora.modules_to_save: {wanted} is a list of modules; name modules in it")
         inside = next((one for one in held for name in meant if one == name or one.startswith(f"{name}.")), None)
         if inside is not None:
             raise SpecInvalid(
@@ -191,6 +198,16 @@ def _saved(base: nn.Module, spec: JobSpec) -> list[str]:
         taken = [name for name, _ in base.named_modules() if name.endswith(wanted)]
         found += [wanted] if taken == meant else meant
     return found
+
+
+def _adapted(base: nn.Module, targets: list[str], saved: list[str]) -> list[str]:
+    """Names of the layers that peft will adapt: those that are meant, outside modules that train whole."""
+    whole = [name for name, _ in base.named_modules() if _means(saved, name)]
+    return [
+        name
+        for name in parts.linear(base)
+        if _means(targets, name) and not any(name == one or name.startswith(f"{one}.") for one in whole)
+    ]
 
 
 def _means(wanted: list[str], name: str) -> bool:
@@ -235,16 +252,17 @@ def save_adapter(model: PeftModel, folder: Path, formats: str) -> None:
 
 def _published(model: PeftModel) -> Any:
     """The config of the saved adapter; joined with its first values it has twice the rank at the same scale."""
-    config: Any = model.peft_config[NAME]
+    config: Any = copy.deepcopy(model.peft_config[NAME])
+    # peft holds these as a set, which every process would write down in another order.
+    config.target_modules = sorted(config.target_modules)
     if not begun(model):
         return config
-    double = copy.deepcopy(config)
     factor = math.sqrt(2) if config.use_rslora else 2
-    double.r = 2 * config.r
-    double.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-    double.lora_alpha = _plain(factor * config.lora_alpha)
-    double.alpha_pattern = {name: _plain(factor * alpha) for name, alpha in config.alpha_pattern.items()}
-    return double
+    config.r = 2 * config.r
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.lora_alpha = _plain(factor * config.lora_alpha)
+    config.alpha_pattern = {name: _plain(factor * alpha) for name, alpha in config.alpha_pattern.items()}
+    return config
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

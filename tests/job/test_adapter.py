@@ -161,7 +161,8 @@ def test_an_untrained_adapter_changes_nothing_and_a_trained_one_can_be_taken_off
 def test_stock_peft_loads_what_was_trained(  # T21, T33, T47
     base: str, lora: str, method: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    spec = made_spec(lora=LORA[lora], **METHODS[method])
+    model_key = {"from": "org/tiny", "revision": "0123abc"}
+    spec = made_spec(lora=LORA[lora], model=model_key, **METHODS[method])
     folder = request.getfixturevalue(base)
     model = adapted(folder, spec, base)
     train(model, spec, 3)
@@ -174,7 +175,7 @@ def test_stock_peft_loads_what_was_trained(  # T21, T33, T47
     assert difference <= 2e-6
     config = read_json(tmp_path / "adapter_config.json")
     assert config["init_lora_weights"] is True  # another word would change the base where it is loaded
-    assert config["base_model_name_or_path"] == spec.model.name
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", "0123abc")
     assert config["r"] == (8 if lora in ("PiSSA", "OLoRA") else 4)
 
 
@@ -239,6 +240,13 @@ def test_ranks_and_scales_follow_the_patterns(tiny_llama: Path) -> None:
         layer: Any = model.get_submodule(f"model.{name}")
         found[name] = (layer.lora_A["default"].weight.shape[0], layer.scaling["default"])
     assert list(found.values()) == [(2, 3.0), (2, 8.0), (4, 1.5)]
+    whole = {"rank_pattern": {"^model.layers.0.mlp.up_proj": 2}, "alpha_pattern": {"^model.layers.0.mlp.up_proj": 6}}
+    one: Any = (
+        adapted(tiny_llama, made_spec(lora=whole), "tiny_llama")
+        .get_base_model()
+        .get_submodule("model.layers.0.mlp.up_proj")
+    )
+    assert (one.lora_A["default"].weight.shape[0], one.scaling["default"]) == (2, 3.0)
     stable = made_spec(lora=lora | {"use_rslora": True})
     layer = adapted(tiny_llama, stable, "tiny_llama").get_base_model().get_submodule("model.layers.0.mlp.down_proj")
     assert layer.scaling["default"] == 6 / 4**0.5
@@ -255,6 +263,12 @@ def test_ranks_and_scales_follow_the_patterns(tiny_llama: Path) -> None:
         ({"new_tokens": ["<x>"], "target_modules": ["lm_head"]}, "lm_head is among lora.target_modules"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"down_proj": 2}}, "no layer that is adapted; .* q_proj"),
         ({"rank_pattern": {"lm_head": 2}}, "no layer that is adapted"),
+        (
+            {"rank_pattern": {"q_proj": 2}, "modules_to_save": ["self_attn"]},
+            "'q_proj' matches no layer that is adapted",
+        ),
+        ({"modules_to_save": ["model"]}, r"lora\.modules_to_save: model: whole, they leave no layer"),
+        ({"modules_to_save": ["layers"]}, r"lora\.modules_to_save: layers is a list of modules"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(lora: dict[str, Any], words: str, tiny_llama: Path) -> None:
@@ -389,3 +403,13 @@ def test_the_file_is_as_large_as_its_tensors(tmp_path: Path, tiny_llama: Path) -
     save_adapter(model, tmp_path, "safetensors")
     bytes_ = 4 * sum(p.numel() for p in trained(model).values())
     assert abs((tmp_path / "adapter_model.safetensors").stat().st_size - bytes_) <= 0.01 * bytes_
+
+
+def test_the_config_is_written_alike_by_every_process(tmp_path: Path, tiny_llama: Path) -> None:  # T35
+    """peft keeps target modules in a set, whose order hangs on the process's hash seed: the file has it sorted."""
+    spec = made_spec()
+    model = adapted(tiny_llama, spec, "tiny_llama")
+    save_adapter(model, tmp_path, "safetensors")
+    targets = read_json(tmp_path / "adapter_config.json")["target_modules"]
+    assert targets == sorted(targets)
+    assert len(targets) > 1

@@ -418,6 +418,9 @@ def test_a_folder_that_is_no_model_is_refused(run: Run, tiny_llama: Path, tmp_pa
         ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no layer that is adapted"),
         ({"new_tokens": ["<x>"], "target_modules": ["q_proj", "lm_head"]}, "lm_head is among lora.target_modules"),
         ({"modules_to_save": ["nrom"]}, "nrom matches nothing in this model"),
+        ({"modules_to_save": ["model"]}, "lora.modules_to_save: model: whole, they leave no layer"),
+        ({"new_tokens": ["<x>", IM_END]}, f"lora.new_tokens: the model's tokenizer knows '{IM_END}' already"),
+        ({"new_tokens": ["a"]}, "lora.new_tokens: the model's tokenizer knows 'a' already"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_with_the_data(run: Run, lora: dict[str, Any], words: str) -> None:  # T48

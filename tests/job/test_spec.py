@@ -123,6 +123,11 @@ PROBLEMS = {
         "5: lora.target_modules",
         'all-linear, or a list of text, not ["q", 1]',
     ),
+    "no layers": ("lora: {target_modules: []}", "5: lora.target_modules", "the list is empty"),
+    "name of nothing": ("lora: {modules_to_save: ['']}", "5: lora.modules_to_save", "an empty name stands in the list"),
+    "target of nothing": ("lora: {target_modules: ['']}", "5: lora.target_modules", "an empty name stands in the list"),
+    "token of nothing": ("lora: {new_tokens: ['']}", "5: lora.new_tokens", "an empty name stands in the list"),
+    "token twice": ("lora: {new_tokens: [<a>, <b>, <a>]}", "5: lora.new_tokens", '"<a>" stands in the list twice'),
     "list item": ("lora: {modules_to_save: [q, 1]}", "5: lora.modules_to_save.1", "expected text, not 1"),
     "list too short": ("training: {betas: [0.9]}", "5: training.betas", "expected a list of 2 numbers, not [0.9]"),
     "list too long": (
@@ -384,7 +389,9 @@ def specs(draw):
         },
         "method": method,
         "lora": draw(
-            st.fixed_dictionaries({}, optional={"alpha": POSITIVE, "target_modules": st.lists(NAMES, max_size=3)})
+            st.fixed_dictionaries(
+                {}, optional={"alpha": POSITIVE, "target_modules": st.lists(NAMES, min_size=1, max_size=3)}
+            )
         ),
         "training": {
             "learning_rate": draw(POSITIVE),

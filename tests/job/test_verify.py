@@ -64,6 +64,12 @@ def test_a_damaged_adapter_is_refused(sealed: Path, change: Any, words: str) -> 
         verify.check_structure(sealed, SPEC)
 
 
+def test_a_rank_by_a_pattern_from_the_beginning_of_a_name_is_the_specs(tiny_llama: Path, tmp_path: Path) -> None:  # T21
+    spec = made_spec(lora={"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}})
+    save_adapter(made_model(tiny_llama, spec), tmp_path, "safetensors")
+    assert len(verify.check_structure(tmp_path, spec)) == 28
+
+
 def test_another_base_in_its_config_is_refused(sealed: Path) -> None:
     config = read_json(sealed / "adapter_config.json")
     write_json(sealed / "adapter_config.json", config | {"base_model_name_or_path": "/scratch/model"})
