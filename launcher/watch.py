@@ -204,7 +204,7 @@ class _Start:
         now = self._clock.monotonic()
         if self._timeout is not None and not self._has_begun and now - self._began >= self._timeout:
             raise _error(run, self._asked_why(run), f"{run.id} has not begun after {self._timeout:g} s")
-        is_waiting = run.state == "pending" and not (run.pods and run.pods[-1].has_begun)
+        is_waiting = run.state in ("queued", "pending") and not (run.pods and run.pods[-1].has_begun)
         if not is_waiting or now - self._asked < ASK_SECONDS:
             return
         self._asked = now

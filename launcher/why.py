@@ -38,7 +38,8 @@ def diagnose(evidence: Evidence, ask_store: AskStore | None = None) -> list[Caus
 
 def startup_problem(evidence: Evidence) -> Cause | None:
     """What keeps a run from starting and does not pass by itself; None while there is hope."""
-    for rule in (*QUEUE, *START):
+    # A Job that its queue has not let in yet has no pods that could be in trouble, only a past.
+    for rule in QUEUE if evidence.run.state == "queued" else (*QUEUE, *START):
         if (found := rule.find(evidence)) and found.is_lasting:
             return rule.cause(evidence)
     return None
@@ -161,8 +162,8 @@ def reference() -> str:
         [
             "# Why: the causes\n",
             "Made from `launcher/why.py` by `make docs`; change it there. `tunejob why RUN` names the likeliest cause",
-            "first, what it was concluded from, and what to try. The code is what `tunejob wait` leaves with because",
-            "of it (0: nothing is wrong, it goes on).\n",
+            "first, what it was concluded from, and what to try. The code is what `tunejob wait` leaves with once it",
+            "is sure that the cause lasts (0: it goes on waiting, until `--timeout` if there is one).\n",
             "## Before the start, and while it goes on\n",
             *_table(("cause", "code", "meaning"), [(r.name, str(int(r.code)), r.meaning) for r in (*RULES, *STATES)]),
             "\n## How it ended\n",

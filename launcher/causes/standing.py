@@ -152,7 +152,7 @@ def _pending(evidence: Evidence) -> Found | None:
     )
 
 
-LOST = (Rule("node-lost", "a pod does not end: its node does not answer", _lost),)
+LOST = (Rule("node-lost", "a pod does not end: its node does not answer", _lost, Code.OK),)
 QUEUE = (
     Rule("no-queue", "Kueue or the LocalQueue is missing", _no_queue, Code.REFUSED),
     Rule("deactivated", "Kueue gave the Job up", _deactivated, Code.JOB_FAILED),

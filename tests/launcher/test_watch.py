@@ -75,10 +75,11 @@ def test_an_hour_of_nothing_new_is_a_look_every_ten_seconds_and_a_change_is_seen
         ),
         ({0: PENDING}, (), Why(), Stuck, "cannot begin: the image cannot be pulled; mend its name"),
         ({0: PENDING}, (), Why(code=Code.REFUSED), Refused, "cannot begin"),
+        ({0: (QUEUED, [])}, (), Why("no-queue", code=Code.REFUSED), Refused, "cannot begin"),
         ({0: PENDING}, (None, 60.0), None, Stuck, "has not begun after 60 s: it is pending"),
         ({0: (QUEUED, [])}, (None, 60.0), None, Stuck, "has not begun after 60 s: it is queued"),
     ],
-    ids=["timeout", "no time", "deleted", "image", "quota", "start", "start in a queue"],
+    ids=["timeout", "no time", "deleted", "image", "quota", "no queue", "start", "start in a queue"],
 )
 def test_waiting_ends_with_one_sentence(
     scenes: dict[float, Any], limits: tuple[float | None, ...], why: Why | None, error: type[LauncherError], words: str
