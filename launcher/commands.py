@@ -244,7 +244,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Whether everything a run needs is there."""
     checks = _door(arguments).doctor()
     lines = [
-        f"{check.state:4}  {check.name}: {check.sentence}" + (f"\n      try: {check.remedy}" if check.remedy else "")
+        f"{check.state:4}  {check.name}: {check.sentence}"
+        + (f"\n      try: {named(check.remedy)}" if check.remedy else "")
         for check in checks
     ]
     _print(arguments, [check.record() for check in checks], "\n".join(lines))

@@ -14,6 +14,7 @@ from job.storage.directory import DirectoryStore
 from launcher import remote, show, terminal
 from launcher.cli import _parser, main
 from launcher.codes import Code
+from launcher.permissions import PERMISSIONS
 from tests.launcher.kit import CRON, Kit, rbac
 
 
@@ -87,6 +88,23 @@ def test_a_run_is_followed_only_where_people_read_what_is_printed(
     assert ("attempt 1 runs on" in said.err) == is_followed
     if words[1:] == ["json"]:
         assert json.loads(said.out)["namespace"] == "bench"
+
+
+VERBS = {"GET": "get", "LIST": "list", "APPLY": "patch", "PATCH": "patch", "DELETE": "delete"}
+
+
+def test_whatever_the_commands_ask_of_a_cluster_is_a_permission_that_doctor_asks_for(kit: Kit) -> None:
+    spec, schedule = kit.spec(), kit.spec(scheduling=CRON)
+    for words in (["submit", spec, "-d"], ["submit", schedule, "-d"], ["list"], ["status", spec], ["logs", spec]):
+        assert kit.cli(*words).code == Code.OK
+    kit.fail(kit.objects.names("jobs")[0])
+    for words in (["logs", "-f", spec], ["wait", spec], ["why", spec], ["retry", spec, "-d"], ["why", schedule]):
+        kit.cli(*words)
+    for words in (["cancel", spec], ["delete", spec, "--yes"], ["delete", schedule, "--yes"]):
+        assert kit.cli(*words).code == Code.OK
+    asked = {(VERBS[word], resource) for word, resource in map(str.split, kit.objects.asked) if word in VERBS}
+    known = {(verb, need.resource) for needs in PERMISSIONS.values() for need in needs for verb in need.verbs}
+    assert asked - known == {("get", "version"), ("get", "namespaces")}, "which need no Role, or one's own namespace"
 
 
 @pytest.mark.parametrize("form", ["json", "yaml"])
