@@ -1,8 +1,8 @@
 """Ways from rows to the loss of their trained tokens. The reference is the model's own forward on padded rows.
 
 The others are tried in order and compared with the reference at the start of every run: the first that gives its loss
-and gradient is used. A model whose parts cannot be kept apart by rows (recurrent layers, soft-capped attention, sinks)
-or whose head is not plain falls back, and the run says so.
+and gradient is used, on all ranks the same. A model whose parts cannot be kept apart by rows (recurrent layers,
+soft-capped attention, sinks) or whose head is not plain falls back, and the run says so.
 """
 
 import logging
@@ -12,16 +12,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
+import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from job.data.prepared import Ids, Rows
-from job.training import linear
+from job.data.prepared import Rows
+from job.training import apart, linear
+from job.training.apart import Pieces
 from job.training.attention import PACKED_ATTENTION, UnsupportedModel, attention, stock_attention
 from job.training.batch import Packed, Padded, pack, pad
+from job.training.device import Placement
 from job.training.failures import is_out_of_memory
 from job.training.head import ChunkedHead, Scores, chunked_head, cross_entropy_sum, scores_of
 
@@ -29,20 +30,6 @@ log = logging.getLogger(__name__)
 
 _AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest relative difference of loss and gradient that counts as the same, by precision."""
-
-
-_LEAK = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
-"""Largest mean change (nats) of later rows' losses that counts as none, by precision."""
-
-_PROBE_TOKENS = 512
-"""Tokens that the longest row of a comparison may have where there are shorter ones: its logits are held whole."""
-
-
-def probe_of(lengths: npt.NDArray[np.int32]) -> list[int]:
-    """Three rows to compare kernels on, the longest first; a row stands in more than once where there are fewer."""
-    order = np.argsort(lengths, kind="stable")
-    modest = order[: max(1, int(np.searchsorted(lengths[order], _PROBE_TOKENS, side="right")))]
-    return [int(modest[-1]), int(modest[0]), int(modest[min(1, len(modest) - 1)])]
 
 
 class Kernel(Protocol):
@@ -216,32 +203,27 @@ def choose(
     rows: Rows,
     probe: Sequence[int],
     reference: Reference,
-    autocast: Callable[[], Any],
-    precision: torch.dtype,
+    placement: Placement,
 ) -> Choice:
-    """The first kernel that gives the reference's loss and gradient on ``probe``, else the reference.
+    """The first kernel that gives the reference's loss and gradient on pieces of ``probe``, else the reference.
+
+    Every rank comes to the same: rows are dealt out by what a kernel makes of their lengths, so that ranks of unlike
+    kernels would train some rows twice and others never. What one rank refuses, none takes.
 
     Args:
         probe: rows to compare on; several, or nothing is seen to leak from one into the next.
-        autocast: context in which the run computes.
     """
     was_training = model.training
     model.eval()
     refused: list[str] = []
     try:
-        with autocast():
-            expected = _loss_and_gradient(model, rows, probe, reference)
-            for kernel in _made(model, reference, refused):
-                worst = _difference(model, rows, probe, kernel, expected, refused)
-                if worst is None:
-                    continue
-                if not kernel.padded and _leaks(model, rows, probe, kernel, precision):
-                    refused.append(f"with {kernel.name} a row's loss depends on the row before it")
-                    continue
-                if worst <= _AGREE[precision]:
-                    agrees = f"agrees with the reference: largest relative difference {worst:.1e}"
-                    return Choice(kernel, "; ".join([agrees, *refused]))
-                refused.append(f"{kernel.name} differs from the reference by {worst:.2e}")
+        with placement.autocast():
+            trial = _Trial(model, Pieces(rows, probe), reference, placement)
+            for kernel in _made(model, reference, refused, placement):
+                objection, found = trial.of(kernel)
+                if all_say(objection is None, placement):
+                    return Choice(kernel, "; ".join([found, *refused]))
+                refused.append(objection or f"another rank refuses {kernel.name}")
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
@@ -250,12 +232,21 @@ def choose(
     return Choice(reference, reason)
 
 
-def named(model: nn.Module, name: str, reference: Reference, reason: str) -> Choice | None:
-    """The kernel that a checkpoint names; None, saying so, if it can no longer be had here."""
+def all_say(here: bool, placement: Placement) -> bool:
+    """Whether every rank says so; all of them have to ask."""
+    if placement.world == 1:
+        return here
+    said = torch.tensor(float(here), device=placement.device)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said)
+
+
+def named(model: nn.Module, name: str, reference: Reference, placement: Placement, reason: str) -> Choice | None:
+    """The kernel that a checkpoint names; None, saying so, if it can no longer be had here or on another rank."""
     if name == reference.name:
         return Choice(reference, reason)
     refused: list[str] = []
-    for kernel in _made(model, reference, refused):
+    for kernel in _made(model, reference, refused, placement):
         if kernel.name == name:
             return Choice(kernel, reason)
     why = "; ".join(refused) or "unknown"
@@ -265,69 +256,53 @@ def named(model: nn.Module, name: str, reference: Reference, reason: str) -> Cho
     return None
 
 
-def _made(model: nn.Module, reference: Reference, refused: list[str]) -> Iterator[Kernel]:
+def _made(model: nn.Module, reference: Reference, refused: list[str], placement: Placement) -> Iterator[Kernel]:
+    """Every kernel that the model can have on all ranks, by what it is made of."""
+    mixed = apart.refusal(model)
+    if mixed is not None:
+        refused.append(f"rows one behind the other: {mixed}")
     for factory in _factories:
+        kernel: Kernel | None = None
         try:
-            yield factory(model, reference.device, reference.padding)
+            kernel = factory(model, reference.device, reference.padding)
         except UnsupportedModel as error:
             refused.append(str(error))
+        if kernel is not None and not kernel.padded and mixed is not None:
+            kernel = None
+        if all_say(kernel is not None, placement):
+            yield kernel  # type: ignore[misc]
+        elif kernel is not None:
+            refused.append(f"another rank has no {kernel.name}")
 
 
-def _difference(
-    model: nn.Module,
-    rows: Rows,
-    probe: Sequence[int],
-    kernel: Kernel,
-    expected: Sequence[Tensor],
-    refused: list[str],
-) -> float | None:
-    """Largest relative difference of loss and gradient; None, noting why, where the kernel does not work."""
-    try:
-        found = _loss_and_gradient(model, rows, probe, kernel)
-    except (UnsupportedModel, TypeError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        refused.append(f"{kernel.name} does not work with this model: {error}")
-        return None
-    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+class _Trial:
+    """A comparison of kernels with the reference."""
+
+    def __init__(self, model: nn.Module, pieces: Pieces, reference: Reference, placement: Placement) -> None:
+        self._model, self._pieces, self._precision = model, pieces, placement.precision
+        self._expected = _loss_and_gradient(model, pieces, reference)
+
+    def of(self, kernel: Kernel) -> tuple[str | None, str]:
+        """What there is to object to a kernel, None if nothing; and how well it agrees."""
+        try:
+            found = _loss_and_gradient(self._model, self._pieces, kernel)
+        except (UnsupportedModel, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return f"{kernel.name} does not work with this model: {error}", ""
+        worst = max(_relative(a, b) for a, b in zip(found, self._expected, strict=True))
+        if not kernel.padded and apart.leaks(self._model, self._pieces, kernel, self._precision):
+            return f"with {kernel.name} a row's loss depends on the row before it", ""
+        if not worst <= _AGREE[self._precision]:
+            return f"{kernel.name} differs from the reference by {worst:.2e}", ""
+        return None, f"agrees with the reference: largest relative difference {worst:.1e}"
 
 
-class _Altered:
-    """The same rows with one of them changed: as long, but of other tokens."""
-
-    def __init__(self, rows: Rows, index: int) -> None:
-        self._rows, self._index = rows, index
-
-    def tokens(self, i: int) -> Ids:
-        row = self._rows.tokens(i)
-        return np.full_like(row, row[-1]) if i == self._index else row
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rows, name)
-
-
-def _leaks(model: nn.Module, rows: Rows, probe: Sequence[int], kernel: Kernel, precision: torch.dtype) -> bool:
-    """Whether the losses of later rows change with the tokens of the first, which stays as long as it is.
-
-    All shapes stay as they are, so dense models give the same bits; experts may be given other tokens to share.
-    """
-    altered: Any = _Altered(rows, probe[0])
-    # Never the same row twice: changed, it would have changed everywhere.
-    later = [index for index in probe if index != probe[0]]
-    if not later:
-        return False
-    together = [probe[0], *later]
-    with torch.no_grad(), kernel.installed(model):
-        one, other = (kernel.score(model, kernel.collate(which, together)).losses for which in (rows, altered))
-    after = slice(int(rows.supervised[probe[0]]), None)
-    return not float((one[after] - other[after]).abs().mean().nan_to_num(0.0)) <= _LEAK[precision]
-
-
-def _loss_and_gradient(model: nn.Module, rows: Rows, indices: Sequence[int], kernel: Kernel) -> list[Tensor]:
+def _loss_and_gradient(model: nn.Module, pieces: Any, kernel: Kernel) -> list[Tensor]:
     """Loss, and the gradient of every trained parameter."""
     model.zero_grad(set_to_none=True)
     with kernel.installed(model):
-        batch = kernel.collate(rows, indices)
+        batch = kernel.collate(pieces, range(len(pieces)))
         loss = kernel.loss(model, batch) / max(1, len(batch.targets))
         torch.autograd.backward(loss)
     trained = (p for p in model.parameters() if p.requires_grad)

@@ -32,6 +32,7 @@ from job.sizing.fits import expected
 from job.spec import digest, read
 from job.training import checkpoint, kernels, sharded
 from job.training.adapter import add_adapter, foreseen, save_adapter
+from job.training.apart import probe_of
 from job.training.checkpoint import State
 from job.training.course import Course
 from job.training.device import place
@@ -128,11 +129,10 @@ def _kernel(worker: Worker, model: PeftModel, state: State | None) -> kernels.Ch
     if worker.spec.training.kernels == "reference":
         return kernels.Choice(reference, "training.kernels: reference")
     if state is not None:
-        begun_with = kernels.named(core, state.kernels["name"], reference, state.kernels["reason"])
+        begun_with = kernels.named(core, state.kernels["name"], reference, placement, state.kernels["reason"])
         if begun_with is not None:
             return begun_with
-    probe = kernels.probe_of(rows.lengths)
-    return kernels.choose(core, rows, probe, reference, placement.autocast, placement.precision)
+    return kernels.choose(core, rows, probe_of(rows.lengths), reference, placement)
 
 
 def _train(worker: Worker, loop: Loop, choice: dict[str, str]) -> bool:

@@ -126,7 +126,7 @@ def _kernel(core: Any, rows: Any, private: bool) -> Any:
 
     with contextlib.nullcontext() if private else kernels.registered(public):
         reference = kernels.Reference(0, CPU.device)
-        return kernels.choose(core, rows, range(3), reference, CPU.autocast, CPU.precision).kernel
+        return kernels.choose(core, rows, range(3), reference, CPU).kernel
 
 
 def ours(task: Task, clock: Clock, private: bool) -> Measured:

@@ -1,6 +1,5 @@
 """The chunked head gives what the model's own head gives, and never holds all logits (T16, T17, T42)."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from job.training import kernels
 from job.training.attention import UnsupportedModel
 from job.training.head import ChunkedHead, chunked_head
 from job.training.kernels import PaddingFree, Reference
-from tests.job.made import made_rows
+from tests.job.made import CPU, made_rows
 
 VOCABULARY = 300
 DEVICE = torch.device("cpu")
@@ -70,7 +69,7 @@ def test_every_family_that_is_offered_is_proven() -> None:
 def test_the_chunked_head_has_the_models_own_maths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:  # T42
     monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * VOCABULARY * 7)  # seven tokens a chunk
     core, rows = core_of(family), made_rows(LENGTHS, VOCABULARY)
-    choice = kernels.choose(core, rows, [0, 1, 2, 3], Reference(0, DEVICE), nullcontext, torch.float32)
+    choice = kernels.choose(core, rows, [0, 1, 2, 3], Reference(0, DEVICE), CPU)
     expected = ("padded, chunked head",) if family == "gemma2" else ("padding-free", "padding-free, oneDNN")
     assert choice.kernel.name in expected, choice.reason
     reference = Reference(0, DEVICE)

@@ -1,6 +1,6 @@
 """Padding-free batches give the reference's loss and gradient (T7, T14, T16, T43), or the run falls back."""
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ def chosen(core: torch.nn.Module, rows: Rows, probe: list[int], *first: kernels.
     with ExitStack() as stack:
         for kernel in first:
             stack.enter_context(kernels.registered(lambda *_, kernel=kernel: kernel))  # type: ignore[misc]
-        return kernels.choose(core, rows, probe, Reference(0, DEVICE), nullcontext, torch.float32)
+        return kernels.choose(core, rows, probe, Reference(0, DEVICE), CPU)
 
 
 def test_packed_rows_do_not_see_each_other(model_folder: Path) -> None:  # T14
@@ -158,40 +158,12 @@ def test_cross_entropy_is_a_sum_in_float32() -> None:
     assert CPU.precision == torch.float32
 
 
-class Whispering(PaddingFree):
-    """Lets a later row know of an earlier one, by less than what rounding to 16 bits comes to."""
-
-    name = "whispering"
-
-    def score(self, model, batch):  # type: ignore[no-untyped-def]
-        scores = super().score(model, batch)
-        return scores._replace(losses=scores.losses + 0.01 * (batch.tokens[0, 0] % 7))
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_leak_too_small_for_the_comparison_of_sums_is_seen(tiny_llama: Path, precision: torch.dtype) -> None:  # T14
-    core = made_model(tiny_llama, made_spec()).get_base_model()
-    rows, probe = made_rows([300, 9, 5], 300), [0, 1, 2]
-    for kernel, leaks in ((Whispering(DEVICE), True), (PaddingFree(DEVICE), False)):
-        assert kernels._leaks(core, rows, probe, kernel, precision) == leaks
-
-
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [([40, 7, 9], [0, 1, 2]), ([900, 7, 300, 9], [2, 1, 3]), ([900, 800], [1, 1, 1]), ([5], [0, 0, 0])],
-)
-def test_kernels_are_compared_on_several_rows_of_modest_length(lengths: list[int], expected: list[int]) -> None:  # T43
-    import numpy as np
-
-    assert kernels.probe_of(np.array(lengths, dtype=np.int32)) == expected
-
-
 def test_a_kernel_that_cannot_be_had_any_more_is_chosen_anew(tiny_llama: Path) -> None:
     core = made_model(tiny_llama, made_spec()).get_base_model()
     reference = Reference(0, DEVICE)
-    assert kernels.named(core, "padding-free of another age", reference, "-") is None
+    assert kernels.named(core, "padding-free of another age", reference, CPU, "-") is None
     for name in ("reference", "padding-free", "padded, chunked head"):
-        choice = kernels.named(core, name, reference, "as it was")
+        choice = kernels.named(core, name, reference, CPU, "as it was")
         assert choice is not None
         assert choice.record() == {"name": name, "reason": "as it was"}
 

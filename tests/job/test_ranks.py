@@ -121,6 +121,23 @@ def test_t2_the_mean_of_the_ranks_means_is_another_gradient(  # T2
 
 
 @pytest.mark.parametrize(
+    ("trouble", "name", "words"),
+    [
+        ("rounds", "reference", ["another rank refuses padding-free", "differs from the reference by"]),
+        ("lacks", "padding-free", ["another rank has no padding-free, oneDNN", "no oneDNN"]),
+    ],
+)
+def test_t2_ranks_that_find_different_things_take_the_same_kernel(  # T2
+    several: ranks.Ranks, tiny_llama: Path, trouble: str, name: str, words: list[str]
+) -> None:
+    """Each deals out rows by its kernel's micro-batches: unlike ones would train some rows twice, others never."""
+    found = several.run("tests.job.choosing:chosen", 2, base=str(tiny_llama), trouble=trouble)
+    assert [one[0] for one in found] == [name, name]
+    assert all(word in one[1] for word, one in zip(words, found, strict=True))
+    assert found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize(
     ("model", "recompute"),
     [
         ("tiny_llama", True),
@@ -244,3 +261,13 @@ def test_t40_idle_passes_make_up_for_missing_micro_batches(world: int) -> None: 
             for rank in range(world)
         }
         assert len(passes) == 1
+
+
+def test_t35_ranks_begin_alike_and_drop_differently(several: ranks.Ranks, tiny_llama: Path) -> None:
+    """One seed for the adapter's first values; of dropout each rank has another in every step."""
+    sections = {"training": STEPS, "lora": {"dropout": 0.1}}
+    one, other = several.run("tests.job.scenarios:randomness", 2, base=str(tiny_llama), sections=sections)
+    assert one["first values"] == other["first values"]
+    assert len({*one["dropout"], *other["dropout"]}) == 2 * STEPS["max_steps"]
+    again, _ = several.run("tests.job.scenarios:randomness", 2, base=str(tiny_llama), sections=sections)
+    assert again == one

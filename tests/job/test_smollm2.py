@@ -38,7 +38,7 @@ def small_loop(micro_batch_size: int = 8, dropout: float = 0.0, kernel: kernels.
 def test_padding_free_batches_and_the_chunked_head_are_the_reference() -> None:  # T14 T16 T17 T42 T43
     core = made_model(FOLDER, made_spec(lora={"r": 16})).get_base_model()
     rows = made_rows(LENGTHS, VOCABULARY)
-    choice = kernels.choose(core, rows, [2, 1, 3], Reference(0, CPU.device), CPU.autocast, CPU.precision)
+    choice = kernels.choose(core, rows, [2, 1, 3], Reference(0, CPU.device), CPU)
     assert choice.kernel.name.startswith("padding-free")
     assert "own head" not in choice.kernel.name
     with torch.no_grad(), choice.kernel.installed(core):
@@ -83,7 +83,7 @@ def test_a_private_operator_changes_no_loss() -> None:
     core = made_model(FOLDER, made_spec(lora={"r": 16})).get_base_model()
     rows = made_rows(LENGTHS, VOCABULARY)
     plain = PaddingFree(CPU.device)
-    choice = kernels.choose(core, rows, [2, 1, 3], Reference(0, CPU.device), CPU.autocast, CPU.precision)
+    choice = kernels.choose(core, rows, [2, 1, 3], Reference(0, CPU.device), CPU)
     losses = []
     for kernel in (plain, choice.kernel):
         with torch.no_grad(), kernel.installed(core):
