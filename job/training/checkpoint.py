@@ -29,7 +29,8 @@ OPTIMIZER = "optimizer.safetensors"
 BEST = "best"
 """Folder in a checkpoint: the adapter of the lowest evaluation loss before it, where that is to be published."""
 
-_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy")
+"""What a training is computed with; the order of the rows is numpy's."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from job.errors import DataInvalid
 from job.spec_sections import Training
+from job.training import checkpoint
 from job.training.order import Order, micro_batches, share
 
 
@@ -97,3 +99,8 @@ def test_ranks_share_the_micro_batches_without_loss(world: int) -> None:
 def test_more_ranks_than_micro_batches_leave_some_without() -> None:
     groups = micro_batches([5, 5], 5, padded=False)
     assert [len(share(groups, [5, 5], rank, 4)) for rank in range(4)] == [1, 1, 0, 0]
+
+
+def test_a_checkpoint_knows_the_version_that_orders_the_rows() -> None:  # T41
+    """numpy keeps a generator's bits from one version to the next, but not what it makes of them."""
+    assert checkpoint.environment(torch.device("cpu"), 1)["versions"]["numpy"] == np.__version__
