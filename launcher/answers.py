@@ -21,6 +21,10 @@ class Transient(Exception):
         self.after = after
 
 
+class Unable(Transient):
+    """An answer that it cannot be done now."""
+
+
 class Absent(NotFound):
     """A proven 404 of the object that was asked for."""
 
@@ -66,7 +70,7 @@ def of_answer(server: str, namespace: str, response: Any, path: str) -> Exceptio
         return _absent(server, namespace, status, message, path)
     if code == 429 or code >= 500:
         after = str(response.headers.get("Retry-After") or "")
-        return Transient(f"{code}: {message}", float(after) if after.isdecimal() else 0.0)
+        return Unable(f"{code}: {message}", float(after) if after.isdecimal() else 0.0)
     if code == 400 and _OF_A_LOG.search(path):
         return NotStarted(message)
     if code == 409 and reason == "Conflict":

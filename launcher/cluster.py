@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from launcher.answers import Absent, NotStarted, Transient, masked, of_answer, of_failure, said
+from launcher.answers import Absent, NotStarted, Transient, Unable, masked, of_answer, of_failure, said
 from launcher.codes import ClusterUnreachable
 from launcher.kinds import ACCESS, PODS, Kind
 from launcher.labels import FIELD_MANAGER, Manifest
@@ -186,6 +186,10 @@ class Cluster:
             return trying(ask)
         except RetryError as error:
             cause = error.last_attempt.exception()
+            if isinstance(cause, Unable):
+                raise ClusterUnreachable(
+                    f"{self.server}: the cluster cannot do it now ({cause}), asked {TRIES} times; try again later"
+                ) from None
             raise ClusterUnreachable(
                 f"{self.server}: the cluster does not answer ({cause}); is it up, and is this machine on its network? "
                 "kubectl cluster-info asks the same"

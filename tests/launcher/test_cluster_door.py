@@ -122,6 +122,14 @@ def test_a_server_that_stays_away_is_named_in_one_sentence(tmp_path: Path) -> No
         assert len(script.asked) == 3
 
 
+def test_a_server_that_answers_and_cannot_do_it_is_not_called_away(tmp_path: Path) -> None:
+    busy = refusal(503, "etcd leader changed", "ServiceUnavailable")
+    with served(tmp_path, {f"GET {JOB}": busy}) as (cluster, _):
+        with pytest.raises(ClusterUnreachable, match="cannot do it now \\(503: etcd leader changed\\)") as caught:
+            cluster.list(JOBS)
+        assert "does not answer" not in str(caught.value)
+
+
 def test_an_apply_is_never_forced_and_a_dry_run_says_so(tmp_path: Path) -> None:
     with served(tmp_path, {f"PATCH {MAP}": Answer(body=THING)}) as (cluster, script):
         cluster.apply(CONFIG_MAPS, THING)
