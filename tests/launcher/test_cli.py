@@ -15,7 +15,7 @@ import yaml
 import tunejob
 from job.exits import ExitCode
 from launcher.cli import main
-from launcher.local import child_environment, missing_libraries
+from launcher.local import child_environment, missing_libraries, supervised
 from tests.launcher.finished import record, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +140,14 @@ def test_the_child_is_ours_even_beside_another_package_called_job(tmp_path: Path
     command = [sys.executable, "-m", "job", "--help"]
     ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("is_talk", "where"), [(False, 0), (True, 1)], ids=["result", "talk"])
+def test_what_a_child_prints_is_talk_where_our_own_result_is_data(
+    is_talk: bool, where: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert supervised([sys.executable, "-c", "print('rows')"], child_environment(), is_talk) == 0
+    assert capfd.readouterr()[where] == "rows\n"
 
 
 CHILD = """
