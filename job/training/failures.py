@@ -3,6 +3,7 @@
 import torch
 
 from job.errors import DeviceFailure, DeviceOutOfMemory, JobError, TemporaryFailure
+from job.training.memory import peak_bytes
 
 _LOST = {46: "busy", 100: "not there", 214: "an ECC error", 719: "a launch failure", 999: "an unknown error"}
 """cudaError codes after which the device is gone for this process; others are bugs."""
@@ -19,7 +20,7 @@ def as_torch_failure(error: BaseException) -> JobError | None:
     code = _cuda_code(error)
     if is_out_of_memory(error):
         return DeviceOutOfMemory(
-            f"device memory: {str(error).splitlines()[0]}; lower training.micro_batch_size (the run and its loss stay "
+            f"device memory: {str(error).splitlines()[0]}; at its peak this process held {_peak()}; lower training.micro_batch_size (the run and its loss stay "
             "the same), set training.gradient_checkpointing: true, or use method: qlora"
         )
     if code in _LOST:
@@ -27,6 +28,11 @@ def as_torch_failure(error: BaseException) -> JobError | None:
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER_TEXTS):
         return TemporaryFailure(f"a rank lost its peers: {str(error).splitlines()[0]}")
     return None
+
+
+def _peak() -> str:
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    return f"{peak_bytes(device) / 2**30:.2f} GiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ from job.files import read_json, sealing, write_json
 from job.layout import ADAPTER_CONFIG, QUANTIZATION_CONFIG
 from job.sizing.parts import quantizable
 from job.training.device import DTYPES
-from job.training.model import BASE_DTYPE, keep_unpacked
+from job.training.model import BASE_DTYPE, GENERATION_CONFIG, keep_unpacked
 from job.training.new_tokens import make_room
 
 log = logging.getLogger("job")
@@ -265,8 +265,8 @@ def _write(model: Any, tokenizer: Any, wanted: Merge, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
     for source in (wanted.base, wanted.adapter):  # the adapter's word on where to stop is the later one
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        if (source / GENERATION_CONFIG).is_file():
+            shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
 
 
 @torch.no_grad()

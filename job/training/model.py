@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from job.spec import JobSpec
 from job.training.device import DTYPES, Placement
 
 log = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
 
 BASE_DTYPE = "base_dtype"
 """In QUANTIZATION_CONFIG: the type that the weights had when they were quantised. ``from_dict`` passes over it."""
@@ -175,3 +178,28 @@ def save_quantization(model: Any, folder: Path) -> None:
     config: BitsAndBytesConfig = model.config.quantization_config
     found = config.to_dict() | {BASE_DTYPE: str(model.config.dtype).removeprefix("torch.")}
     (folder / QUANTIZATION_CONFIG).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def save_generation(model: Any, end_ids: Sequence[int], folder: Path) -> None:
+    """Writes the base's generation_config.json with the tokens that end the answers trained on.
+
+    Where to stop was learnt with the rest; the base's own word for it may be another token.
+    """
+    found = model.generation_config.to_diff_dict() | {"eos_token_id": list(end_ids)}
+    found.pop("_from_model_config", None)  # transformers would take the base's tokens instead
+    (folder / GENERATION_CONFIG).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def own_dropout(model: Any) -> float:
+    """The base's own dropout (GPT-2 has 0.1), which is on in training: by its layers, and by its config.
+
+    Some models drop by a function with a number out of the config; a classifier's or a summary's they do not use here.
+    """
+    layers = [m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" not in n]
+    config = model.config.get_text_config().to_dict()
+    numbers = [
+        value
+        for key, value in config.items()
+        if "drop" in key and not key.startswith(("classif", "summary")) and isinstance(value, int | float)
+    ]
+    return max(map(float, [*layers, *numbers]), default=0.0)

@@ -39,7 +39,7 @@ from job.training.device import place
 from job.training.failures import as_torch_failure
 from job.training.loop import Loop, Progress, make_optimizer
 from job.training.memory import available_bytes, be_frugal
-from job.training.model import load_base, save_quantization
+from job.training.model import load_base, own_dropout, save_generation, save_quantization
 from job.training.new_tokens import Tokens
 from job.training.order import Order, costliest
 from job.training.worker import Worker
@@ -231,6 +231,7 @@ def _seal(worker: Worker, model: PeftModel) -> None:
         with sealing(worker.workdir.adapter) as scratch:
             save_adapter(model, scratch, worker.spec.output.adapter_format)
             worker.tokenizer().save_pretrained(scratch)
+            save_generation(model.get_base_model(), worker.data.info["end_ids"], scratch)
             if worker.spec.method == "qlora":
                 save_quantization(model.get_base_model(), scratch)
     worker.barrier()
@@ -255,7 +256,7 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], needs
             "kernels": choice,
             "trained_parameters": sum(p.numel() for p in loop.model.parameters() if p.requires_grad),
             "parameters": parts.record(worker.parts),
-            "base_dropout": _base_dropout(loop.model),
+            "base_dropout": own_dropout(loop.model.get_base_model()),
             "environment": checkpoint.environment(placement.device, placement.world),
         },
     )
@@ -271,13 +272,6 @@ def _expected(worker: Worker, order: Order, model: Path) -> Estimate | None:
     if needs is not None and place.device.type == "cpu" and be_frugal(needs.bytes, available_bytes()):
         log.info("memory is scarce (%.1f GiB expected): freed blocks are given back at once", needs.gib)
     return needs
-
-
-def _base_dropout(model: PeftModel) -> float:
-    """The base's own dropout (GPT-2 has 0.1), which is on in training as its config says."""
-    config = model.get_base_model().config
-    names = ("resid_pdrop", "attn_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
-    return max((float(getattr(config, name, 0.0) or 0.0) for name in names), default=0.0)
 
 
 class _Metrics:

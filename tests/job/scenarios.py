@@ -66,6 +66,18 @@ def made_loop(rank: int, world: int, base: str, spec: JobSpec, kernel: str = "pa
     return Loop(model, make_optimizer(model, spec.training), rows, order, spec.training, kernels[kernel](), placement)
 
 
+def randomness(rank: int, world: int, base: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn in training: a digest of the first values, and the seed that each step's dropout draws by."""
+    loop = made_loop(rank, world, base, made_spec(**sections))
+    first = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained(loop.model).values())).hexdigest()
+    met: dict[int, int] = {}
+    dropout = next(m for n, m in loop.model.named_modules() if n.endswith("lora_dropout.default"))
+    dropout.register_forward_pre_hook(lambda *_: met.update({loop.progress.step: torch.initial_seed()}))
+    for _ in loop.run(lambda: False):
+        pass
+    return {"first values": first, "dropout": list(met.values())}
+
+
 def train(
     rank: int,
     world: int,

@@ -21,10 +21,11 @@ TRAINING = {"max_steps": 4}
         ("tiny_llama", {"lora": {"new_tokens": ["<tool>", "<end_tool>"]}, "method": "qlora"}),
         ("tiny_gpt2", {"lora": {"use_dora": True, "new_tokens": ["<tool>"]}}),
         ("tiny_qwen", {"quantization": {"type": "int8"}, "method": "qlora"}),
+        ("tiny_gemma", {"lora": {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}}}),
     ],
-    ids=["PiSSA", "new tokens, nf4", "DoRA, Conv1D", "int8"],
+    ids=["PiSSA", "new tokens, nf4", "DoRA, Conv1D", "int8", "a pattern from the beginning"],
 )
-def test_a_run_trains_and_its_adapter_is_verified_in_stock_peft(  # T21, T33, T47
+def test_a_run_trains_and_its_adapter_is_verified_in_stock_peft(  # T21, T33, T43, T47, T50
     base: str, sections: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     workdir = made_workdir(tmp_path, request.getfixturevalue(base), training=TRAINING, **sections)
@@ -35,6 +36,12 @@ def test_a_run_trains_and_its_adapter_is_verified_in_stock_peft(  # T21, T33, T4
     assert sides["tuned"]["loss"] < sides["base"]["loss"]
     record = read_json(workdir.performance)
     assert sum(part["trained"] for part in record["parameters"].values()) == record["trained_parameters"]
+    assert record["base_dropout"] == (0.1 if base == "tiny_gpt2" else 0.0)
+    # Where to stop: the base's own token, and what ends a turn where that is another.
+    stops = read_json(workdir.adapter / "generation_config.json")
+    assert stops["eos_token_id"] == {"tiny_gpt2": [0], "tiny_gemma": [1, 4]}.get(base, [2])
+    assert stops.get("bos_token_id") == {"tiny_gpt2": 0, "tiny_gemma": 2}.get(base)
+    assert "_from_model_config" not in stops
     tokenizer = read_json(workdir.adapter / "tokenizer.json")
     added = {token["content"] for token in tokenizer["added_tokens"]}
     assert added >= set(sections["lora"].get("new_tokens", ()) if "lora" in sections else ())

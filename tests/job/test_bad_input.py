@@ -94,7 +94,9 @@ CASES: dict[str, tuple[Change, int, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_with_its_code_and_a_sentence(case: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_bad_input_ends_with_its_code_and_a_sentence(  # T20, T36
+    case: str, tiny_llama: Path, tmp_path: Path
+) -> None:
     change, expected, words = CASES[case]
     if case == "no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU; the case needs one that is asked for and missing")

@@ -45,7 +45,9 @@ def started(folder: Path, how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_is_stuck_is_left_before_the_grace_period_ends(number: signal.Signals, tmp_path: Path) -> None:
+def test_what_is_stuck_is_left_before_the_grace_period_ends(  # T27
+    number: signal.Signals, tmp_path: Path
+) -> None:
     process = started(tmp_path, "stuck")
     for _ in range(3):
         process.send_signal(number)

@@ -18,7 +18,7 @@ from job.files import read_json, write_json
 from job.sizing.parts import quantizable
 from job.training import merge
 from job.training.adapter import add_adapter, save_adapter, trained
-from job.training.model import load_base, save_quantization
+from job.training.model import load_base, save_generation, save_quantization
 from job.training.new_tokens import Tokens
 from tests.job.made import CPU, made_spec
 
@@ -193,11 +193,25 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(tiny_llama: Path, tmp_path
     assert torch.equal(result[f"{name}.weight"], (weights[f"{name}.weight"] + 2.0 * (b @ a)).bfloat16())
 
 
-def test_a_served_model_stops_where_the_adapter_says(tiny_llama: Path, tmp_path: Path) -> None:
-    adapter = trained_adapter(tmp_path, tiny_llama)
-    write_json(adapter / "generation_config.json", {"eos_token_id": [7, 8]})
-    output, _ = merged(tmp_path, adapter)
-    assert read_json(output / "generation_config.json")["eos_token_id"] == [7, 8]
+def test_a_merged_model_stops_at_the_end_of_a_turn(tiny_gemma: Path, tmp_path: Path) -> None:  # T50
+    """Of itself it would go on to the end of the text, which is another token."""
+    tuned = trained_adapter(tmp_path, tiny_gemma)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gemma)
+    prompt = tokenizer("What colour is the plum?", return_tensors="pt")["input_ids"]
+
+    def said(folder: Path) -> list[int]:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        output = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=6, pad_token_id=0)
+        return output[0, prompt.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    output, _ = merged(tmp_path, tuned)
+    endless = said(output)
+    assert len(endless) == 6
+    turn_end = endless[2]  # what the model happens to say stands for the end of a turn
+    save_generation(AutoModelForCausalLM.from_pretrained(tiny_gemma), [1, turn_end], tuned)
+    again, _ = merged(tmp_path / "again", tuned)
+    assert AutoModelForCausalLM.from_pretrained(again).generation_config.eos_token_id == [1, turn_end]
+    assert said(again) == endless[: endless.index(turn_end) + 1]
 
 
 def test_the_layers_foreseen_as_quantised_are_those_bitsandbytes_holds(tiny_llama: Path, tiny_gpt2: Path) -> None:

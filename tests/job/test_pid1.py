@@ -80,7 +80,7 @@ QUICK = ("the start", "prepare")
         for ranks in (1, 2)
     ],
 )
-def test_asked_to_leave_at_any_moment_it_leaves_in_time_and_says_so(
+def test_asked_to_leave_at_any_moment_it_leaves_in_time_and_says_so(  # T27
     moment: str, ranks: int, folder: Path, tmp_path: Path
 ) -> None:
     output = folder / "out" / f"{moment.replace(' ', '-')}-{ranks}"

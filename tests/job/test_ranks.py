@@ -268,6 +268,6 @@ def test_t35_ranks_begin_alike_and_drop_differently(several: ranks.Ranks, tiny_l
     sections = {"training": STEPS, "lora": {"dropout": 0.1}}
     one, other = several.run("tests.job.scenarios:randomness", 2, base=str(tiny_llama), sections=sections)
     assert one["first values"] == other["first values"]
-    assert len({*one["dropout"], *other["dropout"]}) == 2 * STEPS["max_steps"]
+    assert len({*one["dropout"], *other["dropout"]}) == len(one["dropout"]) + len(other["dropout"]) >= 6
     again, _ = several.run("tests.job.scenarios:randomness", 2, base=str(tiny_llama), sections=sections)
     assert again == one

@@ -32,7 +32,7 @@ def same_but_elsewhere(run: Run, folder: Path) -> Run:
     return Run(run.spec, folder / "out", folder / "scratch", {})
 
 
-def test_the_manifest_lists_every_published_file_with_its_hash(straight: Run) -> None:
+def test_the_manifest_lists_every_published_file_with_its_hash(straight: Run) -> None:  # T50
     manifest = read_json(straight.folder / "run" / "manifest.json")
     names = {entry["name"] for entry in manifest["files"]}
     expected = {
@@ -40,6 +40,7 @@ def test_the_manifest_lists_every_published_file_with_its_hash(straight: Run) ->
         "adapter_model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
+        "generation_config.json",
         "README.md",
         "training_config.yaml",
         "training_log.txt",
@@ -120,7 +121,9 @@ def test_a_folder_that_belongs_to_another_spec_is_refused_with_the_difference(st
     assert "Traceback" not in said
 
 
-def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(straight: Run, tmp_path: Path) -> None:
+def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(  # T22, T24
+    straight: Run, tmp_path: Path
+) -> None:
     run = same_but_elsewhere(straight, tmp_path)
     process = run.start()
     wait_for((run.folder / "checkpoints/checkpoint-20/COMMIT.json").exists, process, "checkpoint of step 20")
@@ -143,7 +146,7 @@ def test_killed_anywhere_the_next_attempt_resumes_bit_for_bit(straight: Run, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(
+def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(  # T22, T27
     straight: Run, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = same_but_elsewhere(straight, tmp_path)
@@ -169,7 +172,9 @@ def test_asked_to_leave_in_training_it_checkpoints_and_resumes_bit_for_bit(
 
 
 @pytest.mark.full
-def test_asked_to_leave_after_training_the_next_attempt_trains_nothing(straight: Run, tmp_path: Path) -> None:
+def test_asked_to_leave_after_training_the_next_attempt_trains_nothing(  # T27
+    straight: Run, tmp_path: Path
+) -> None:
     """Every other phase is met in test_pid1.py."""
     run = same_but_elsewhere(straight, tmp_path)
     shutil.copytree(straight.folder, run.folder)
@@ -219,7 +224,7 @@ def test_a_budget_ends_the_run_with_a_checkpoint_and_is_kept_over_attempts(strai
     assert f"checkpoint is of step {read_json(status)['committed']}" in said
 
 
-def test_a_damaged_checkpoint_is_not_resumed_from(straight: Run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_resumed_from(straight: Run, tmp_path: Path) -> None:  # T24
     run = same_but_elsewhere(straight, tmp_path)
     shutil.copytree(straight.folder, run.folder)
     (run.folder / "run/manifest.json").unlink()
@@ -250,7 +255,9 @@ def test_an_output_in_use_is_refused(straight: Run, tmp_path: Path) -> None:
     assert ended(process)[0] == 143
 
 
-def test_a_worker_killed_from_outside_is_a_lost_rank_and_never_an_interruption(straight: Run, tmp_path: Path) -> None:
+def test_a_worker_killed_from_outside_is_a_lost_rank_and_never_an_interruption(  # T44
+    straight: Run, tmp_path: Path
+) -> None:
     run = same_but_elsewhere(straight, tmp_path)
     run.environment["TUNEJOB_CPU_RANKS"] = "2"
     process = run.start()

@@ -72,7 +72,7 @@ def test_without_a_checkpoint_there_is_none(store: DirectoryStore, tmp_path: Pat
     assert not (tmp_path / "back").exists()
 
 
-def test_files_without_a_marker_are_no_checkpoint(store: DirectoryStore, tmp_path: Path) -> None:
+def test_files_without_a_marker_are_no_checkpoint(store: DirectoryStore, tmp_path: Path) -> None:  # T25
     push(store, tmp_path, 1, 2)
     store.delete(checkpoint_prefix(2) + COMMIT)
     assert [commit.step for commit in committed(store)] == [1]
@@ -132,7 +132,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(  # T25
     damage: str, store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     push(store, tmp_path, 1, 2)
@@ -145,7 +145,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_no_whole_checkpoint_is_no_silent_fresh_start(damage: str, store: DirectoryStore, tmp_path: Path) -> None:
+def test_no_whole_checkpoint_is_no_silent_fresh_start(  # T25
+    damage: str, store: DirectoryStore, tmp_path: Path
+) -> None:
     push(store, tmp_path, 2)
     DAMAGE[damage](store.root / checkpoint_prefix(2))
     with pytest.raises(IntegrityFailure, match="none of the 1 committed checkpoints is whole"):
@@ -153,7 +155,7 @@ def test_no_whole_checkpoint_is_no_silent_fresh_start(damage: str, store: Direct
     assert not (tmp_path / "back").exists()
 
 
-def test_a_failed_pull_leaves_no_folder(store: DirectoryStore, tmp_path: Path) -> None:
+def test_a_failed_pull_leaves_no_folder(store: DirectoryStore, tmp_path: Path) -> None:  # T24
     push(store, tmp_path, 2)
     (commit,) = committed(store)
     DAMAGE["file gone"](store.root / checkpoint_prefix(2))
@@ -173,7 +175,7 @@ def test_a_failed_pull_leaves_no_folder(store: DirectoryStore, tmp_path: Path) -
         ("all", None, [5, 4, 3, 2, 1]),
     ],
 )
-def test_pruning_keeps_the_newest_and_the_best(
+def test_pruning_keeps_the_newest_and_the_best(  # T25
     keep: Any, best: int | None, left: list[int], store: DirectoryStore, tmp_path: Path
 ) -> None:
     push(store, tmp_path, 1, 2, 3, 4, 5)
@@ -183,7 +185,7 @@ def test_pruning_keeps_the_newest_and_the_best(
     assert {key.split("/")[1] for key in keys(store)} == {f"checkpoint-{step}" for step in left}
 
 
-def test_nothing_is_pruned_unless_the_newest_is_whole(store: DirectoryStore, tmp_path: Path) -> None:
+def test_nothing_is_pruned_unless_the_newest_is_whole(store: DirectoryStore, tmp_path: Path) -> None:  # T25
     push(store, tmp_path, 1, 2, 3)
     DAMAGE["file gone"](store.root / checkpoint_prefix(3))
     assert prune(store, 1) == []
@@ -433,7 +435,9 @@ print(json.dumps({"moments": len(seen), "finished": finished or what != "prune",
     ("what", "states"),
     [("push", [1, 2]), ("publish", [1, 2]), ("prune", [2])],
 )
-def test_killed_at_any_moment_the_old_or_the_new_state_is_there(what: str, states: list[int], tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_old_or_the_new_state_is_there(  # T24, T25
+    what: str, states: list[int], tmp_path: Path
+) -> None:
     for step in (1, 2):
         folder = tmp_path / "files" / str(step)
         folder.mkdir(parents=True)

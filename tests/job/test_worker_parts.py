@@ -1,24 +1,28 @@
-"""Device and precision, foreseen failures of torch, sealed folders, outcomes, memory (T24, T30, T34, T49)."""
+"""Device and precision, foreseen failures of torch, sealed folders, outcomes, memory (T24, T30, T34, T43, T49)."""
 
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from job import outcome
 from job.errors import DeviceFailure, DeviceOutOfMemory, DiskFailure, JobError, SpecInvalid, TemporaryFailure
 from job.exits import ExitCode
 from job.files import sealing
-from job.training.adapter import trained
+from job.training.adapter import add_adapter, trained
 from job.training.device import place
 from job.training.failures import as_torch_failure
 from job.training.memory import available_bytes, peak_bytes, reset_peak
-from job.training.model import load_base, quantization_config
+from job.training.model import load_base, own_dropout, quantization_config
 from tests.job.made import CPU, made_spec
 
 
@@ -70,10 +74,6 @@ def test_the_cpu_trains_in_float32_and_refuses_float16() -> None:
 
 
 def test_t49_adapters_are_float32_over_a_16_bit_base_whose_embeddings_stay_16_bit(tiny_llama: Path) -> None:
-    from dataclasses import replace
-
-    from job.training.adapter import add_adapter
-
     spec = made_spec(method="qlora")
     half = replace(CPU, precision=torch.bfloat16)
     model = add_adapter(load_base(tiny_llama, spec, half), spec, half)
@@ -85,12 +85,10 @@ def test_t49_adapters_are_float32_over_a_16_bit_base_whose_embeddings_stay_16_bi
 
 
 def test_a_real_bfloat16_step_on_the_cpu_mixes_no_types(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from peft import PeftModel
 
     from job.evaluation import verify
-    from job.training.adapter import add_adapter, save_adapter
+    from job.training.adapter import save_adapter
     from job.training.kernels import PaddingFree
     from job.training.loop import Loop, make_optimizer
     from job.training.order import Order
@@ -140,10 +138,50 @@ def test_cuda_errors_are_told_apart_by_their_number(code: int, expected: type[Jo
     assert found is None if expected is None else isinstance(found, expected)
 
 
-def test_a_real_cpu_allocation_that_fails_is_out_of_memory() -> None:
+def test_t30_a_real_allocation_that_fails_is_out_of_memory_and_says_the_peak_and_what_to_try() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 55, dtype=torch.uint8)
-    assert isinstance(as_torch_failure(caught.value), DeviceOutOfMemory)
+    found = as_torch_failure(caught.value)
+    assert isinstance(found, DeviceOutOfMemory)
+    said = re.search(r"at its peak this process held (\d+\.\d\d) GiB; lower training.micro_batch_size", str(found))
+    assert said is not None, found
+    assert float(said[1]) == pytest.approx(peak_bytes(torch.device("cpu")) / 2**30, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_t49_the_base_goes_whole_to_the_ranks_own_device(
+    method: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never ``auto``, which would spread it over all devices there are, those of other ranks too."""
+    asked: list[Any] = []
+
+    def loader(folder: Path, **wanted: Any) -> None:
+        asked.append(wanted["device_map"])
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loader)
+    for local in (0, 3):
+        there = replace(CPU, device=torch.device("cuda", local), rank=local, world=4)
+        with pytest.raises(SpecInvalid):
+            load_base(tiny_llama, made_spec(method=method), there)
+    assert asked == [{"": torch.device("cuda", 0)}, {"": torch.device("cuda", 3)}]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "expected"),
+    [
+        ("llama", {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}, 0.0),
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 1}, 0.1),
+        ("opt", {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32}, 0.1),
+        ("biogpt", {"hidden_size": 32, "num_attention_heads": 4, "layerdrop": 0.3}, 0.3),
+        ("gpt2", {"n_embd": 32, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, 0.0),
+    ],
+)
+def test_t43_the_bases_own_dropout_is_recorded(family: str, sizes: dict[str, Any], expected: float) -> None:
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 48} | sizes
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model = add_adapter(base, made_spec(lora={"dropout": 0.7}), CPU)
+    assert own_dropout(model.get_base_model()) == expected
 
 
 def test_an_outcome_is_written_whatever_happens(tmp_path: Path) -> None:
