@@ -53,7 +53,7 @@ def earlier(cluster: Cluster, run: Run) -> tuple[Attempt, ...]:
 
 
 def _of_pods(cluster: Cluster, run: Run, follow: bool, tail: int | None, say: Say) -> Iterator[Line]:
-    before = earlier(cluster, run)
+    before = earlier(cluster, runs.require_run(run))
     if follow:
         yield from attended(cluster, run, say, tail=tail, earlier=before)
         return

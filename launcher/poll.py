@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from launcher import runs
 from launcher.cluster import Cluster
-from launcher.codes import ClusterUnreachable, Deleted, NotAllowed, NotFound, Refused, TimedOut
+from launcher.codes import ClusterUnreachable, Deleted, NotAllowed, NotFound, TimedOut
 from launcher.kinds import WORKLOADS
 from launcher.runs import Run
 
@@ -35,9 +35,7 @@ class Poll:
     """Looks at one run again and again: often while something changes, rarely while nothing does."""
 
     def __init__(self, cluster: Cluster, run: Run, say: Say, timeout: float | None = None, clock: Clock = time) -> None:
-        if run.is_schedule:
-            raise Refused(f"{run.id} is a schedule, and every fire a run of its own; tunejob list shows those")
-        self.cluster, self.run = cluster, run
+        self.cluster, self.run = cluster, runs.require_run(run)
         self._say, self._clock, self._timeout = say, clock, timeout
         self._until = clock.monotonic() + timeout if timeout is not None else float("inf")
         self._wait = POLL_SECONDS[0]

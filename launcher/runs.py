@@ -9,7 +9,7 @@ from typing import Any, Literal
 from job.exits import CONTAINER
 from launcher.answers import no_namespace
 from launcher.cluster import Cluster
-from launcher.codes import NotAllowed
+from launcher.codes import NotAllowed, Refused
 from launcher.kinds import CRON_JOBS, JOBS, NAMESPACES, PODS, Kind
 from launcher.labels import JOB_NAME, OUTPUT, QUEUE, RUN, SPEC_DIGEST, Manifest, is_value, run_of
 
@@ -249,6 +249,13 @@ class Run:
 def of(kube_job: Manifest, pods: Sequence[Manifest] = ()) -> Run:
     """The run of a Job and its pods."""
     return Run(kube_job, tuple(Attempt(pod) for pod in sorted(pods, key=age)))
+
+
+def require_run(run: Run) -> Run:
+    """The run itself. Raises Refused for a schedule: it trains nothing by itself."""
+    if run.is_schedule:
+        raise Refused(f"{run.job} is a schedule, and every fire a run of its own; tunejob list shows those")
+    return run
 
 
 def pods_of(cluster: Cluster, job: str) -> list[Manifest]:

@@ -240,8 +240,10 @@ def results_of(name: str, profile: str | None = None, say: Say = lambda line: No
         from job.storage.store import open_store
 
         return Found(load(name), open_store(name))
+    from launcher.runs import require_run
+
     door = Door(profile, say)
-    run = door.find(name)
+    run = require_run(door.find(name))
     store = door.store(run)
     return Found(door.results(run, store), store, run.digest)
 

@@ -239,7 +239,7 @@ def test_each_verb_and_each_of_its_options_is_a_documented_call_of_tunejob(verb:
     assert function.__name__ in tunejob.__all__
 
 
-def test_results_are_fetched_and_render_writes_from_python_as_the_commands_do(kit: Kit) -> None:
+def test_python_renders_to_a_folder_and_checks_against_profile_and_cluster(kit: Kit) -> None:
     rendered = tunejob.render(kit.spec(), folder=kit.folder / "deploy")
     assert (kit.folder / "deploy" / "objects" / f"{rendered.run}.yaml").is_file()
     with pytest.raises(tunejob.JobError, match="no LocalQueue absent"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tunejob
 from job import layout
 from job.errors import JobError, TemporaryFailure
 from job.storage.directory import DirectoryStore
@@ -94,6 +95,16 @@ def test_the_adapter_is_fetched_with_its_manifest_and_is_a_run_again(store: Dire
     assert there(folder) == {**ADAPTER, layout.MANIFEST: listing(ADAPTER)}
     assert paths == sorted(folder / name for name in there(folder))
     assert results.load(str(folder)).name == "toy"
+
+
+def test_python_verifies_and_fetches_as_the_command_does(store: DirectoryStore, tmp_path: Path) -> None:
+    fetched = tunejob.results(tmp_path / "run", download=tmp_path / "here", everything=True)
+    assert (fetched.uri, fetched["run"]) == (str(tmp_path / "here"), "toy")
+    assert there(tmp_path / "here").keys() > {layout.ADAPTER_SAFETENSORS, layout.attempt_key(1)}
+    store.write(layout.ADAPTER_CONFIG, b"altered")
+    assert tunejob.results(tmp_path / "run")["run"] == "toy"
+    with pytest.raises(NoResult, match="altered"):
+        tunejob.results(tmp_path / "run", verify=True)
 
 
 def test_everything_is_all_that_is_committed_or_recorded(store: DirectoryStore, tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_the_data_of_a_run_goes_even_where_only_its_config_map_is_left(
     assert maps(kit) == set()
 
 
+@pytest.mark.parametrize("words", [["logs"], ["logs", "-f"], ["wait"], ["results"]], ids=" ".join)
+def test_a_schedule_has_no_log_end_or_result_of_its_own(kit: Kit, words: list[str]) -> None:
+    kit.submitted(kit.spec(scheduling=CRON))
+    said = kit.cli(*words, "run")
+    assert (said.code, "run is a schedule, and every fire a run of its own" in said.err) == (Code.REFUSED, True), said
+
+
 def test_the_data_of_a_schedule_is_that_of_its_fires(kit: Kit) -> None:
     kit.submitted(kit.spec(scheduling=CRON))
     said = kit.cli("delete", "run", "--data", "--yes")
