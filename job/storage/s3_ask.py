@@ -90,9 +90,9 @@ class Asker:
         return Retrying(retry=again, wait=wait, sleep=self._pause, reraise=True)(once)
 
     def hurry(self, until: float) -> None:
-        """From this moment (``time.monotonic``) on nothing is asked again, and no transfer waited for."""
+        """From this moment (``time.monotonic``) on nothing is asked again, and no transfer waited for. Never later."""
         with self._hurried:
-            self._leave_by = until
+            self._leave_by = min(self._leave_by, until)
             self._hurried.notify_all()
 
     def is_late(self) -> bool:

@@ -53,7 +53,7 @@ class Verdict:
 
 WAYS = (
     "mount a Secret's file and name it in AWS_SHARED_CREDENTIALS_FILE, or set AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, or give the pod the cloud's own identity (IRSA, Pod Identity, Workload Identity)"
+    "AWS_SECRET_ACCESS_KEY, or give the pod the cloud's own identity (IRSA or another web identity, Pod Identity)"
 )
 
 ACTIONS = {

@@ -242,8 +242,8 @@ def translated(what: str, folder: Path, needed: int | None = None) -> Iterator[N
         raise foreseen(error, what, folder, needed) from error
 
 
-def probe(store: Store) -> bool:
-    """Whether the store keeps conditions on writes; what it cannot do at all is raised.
+def probe(store: Store) -> tuple[str, ...]:
+    """The conditions on writes that the store does not keep, as HTTP names them; what it cannot do at all is raised.
 
     Raises:
         AccessDenied, DiskFailure: naming whether writing, reading, listing or deleting is refused.
@@ -252,14 +252,17 @@ def probe(store: Store) -> bool:
     key, data = f"{_PROBE}{secrets.token_hex(8)}", secrets.token_bytes(32)
     with suppress(PreconditionFailed):  # a first try of this very write may have landed and its reply been lost
         store.write(key, data, if_absent=True)
-    keeps_conditions = _refuses(store, key, data, if_absent=True) and _refuses(store, key, data, if_match="0" * 32)
+    kept = {
+        "If-None-Match": _refuses(store, key, data, if_absent=True),
+        "If-Match": _refuses(store, key, data, if_match="0" * 32),
+    }
     found, listed = store.read(key), any(entry.key == key for entry in store.list(key))
     store.delete(key)
     if found is None or found[0] != data:
         raise IntegrityFailure(f"{store.uri}: does not give back what was just written ({key}); is it a cache?")
     if not listed:
         raise IntegrityFailure(f"{store.uri}: does not list what was just written ({key}); is it a cache?")
-    return keeps_conditions
+    return tuple(name for name, is_kept in kept.items() if not is_kept)
 
 
 def _refuses(store: Store, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> bool:

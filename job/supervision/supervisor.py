@@ -126,9 +126,11 @@ class Attempt:
             with translated("scratch: cannot be written", self.workdir.root.parent):
                 self.workdir.root.mkdir(parents=True, exist_ok=True)
             store = self._store = open_store(self.uri)
-            if not probe(store):
+            if lacking := probe(store):
                 log.warning(
-                    "%s: keeps no conditions on writes; see to it that only one attempt runs at a time", store.uri
+                    "%s: does not keep %s on writes; see to it that only one attempt runs at a time",
+                    store.uri,
+                    " and ".join(lacking),
                 )
         with self._phase("own"):
             prefix.require_spec(store, self.spec)

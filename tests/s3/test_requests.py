@@ -1,5 +1,9 @@
 """What each call costs in requests: the bill, and the time on a far store, are made of them."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +16,10 @@ from job.storage.s3 import S3Store
 from job.storage.s3_client import PART_BYTES
 from job.storage.store import probe
 from job.supervision.own import claim
+from tests.s3.conftest import Enter
 from tests.s3.proxy import Proxy
+
+REPOSITORY = Path(__file__).parents[2]
 
 CALLS: dict[str, tuple[Callable[[S3Store, Path], object], dict[str, int]]] = {
     "read": (lambda store, _: store.read("there"), {"GET": 1}),
@@ -54,3 +61,30 @@ def test_no_call_asks_more_than_it_must(filled: S3Store, proxy: Proxy, tmp_path:
         call(filled, tmp_path)
         asked[name] = dict(Counter(line.split()[0] for line in proxy.asked))
     assert asked == {name: requests for name, (_, requests) in CALLS.items()}
+
+
+MOVES = """
+    import resource, sys
+    from pathlib import Path
+    from job.storage.s3 import S3Store
+    store, folder = S3Store(sys.argv[1]), Path(sys.argv[2])
+    store.put(folder / "small", "small")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store.put(folder / "huge", "huge")
+    store.get("huge", folder / "back")
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_size_of_what_is_moved(enter: Enter, uri: str, tmp_path: Path) -> None:
+    mib = 400
+    (tmp_path / "small").write_bytes(b"1")
+    with (tmp_path / "huge").open("wb") as stream:
+        for _ in range(mib):
+            stream.write(os.urandom(1 << 20))
+    enter()
+    command = [sys.executable, "-c", textwrap.dedent(MOVES), uri, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200, f"{done.stdout.strip()} MiB more for {mib} MiB"
