@@ -201,6 +201,7 @@ def _both(worker: Worker, loop: Loop, rows: Rows) -> tuple[Array, Array | None]:
         worker.placement,
         count,
         settings.max_new_tokens,
+        loop.budget,
         on_batch=worker.pulse,
     )
     found = torch.zeros((count, metrics.COLUMNS), dtype=torch.float64)

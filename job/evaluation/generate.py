@@ -1,4 +1,4 @@
-"""Greedy answers to the prompts of rows, in batches of similar length."""
+"""Greedy answers to the prompts of rows, in batches of similar length that cost no more tokens than a micro-batch."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from job.training.sharded import is_shared
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16
+"""Rows that are answered together, at most."""
 
 
 @torch.no_grad()
@@ -29,10 +30,13 @@ def answers(
     placement: Placement,
     count: int,
     max_new_tokens: int,
-    batch_rows: int = BATCH_ROWS,
+    budget: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """This rank's share of the greedy answers to the first ``count`` rows, by row; together the ranks answer each once.
+
+    A batch costs its longest prompt and the room for the answer times its rows: at most ``budget`` tokens, which the
+    training has memory for, unless a row alone costs more. Answers do not depend on it.
 
     A prompt that leaves no room for an answer is answered with nothing. An empty one (rows of plain text) becomes the
     tokenizer's BOS, or else its EOS: no model goes on from nothing.
@@ -47,7 +51,7 @@ def answers(
         log.warning("%d prompts leave no room for an answer in %d positions: counted as wrong", len(aside), positions)
     said = dict.fromkeys(aside[placement.rank :: placement.world], "")
     with evaluating(core), attention(core, stock_attention(core)):
-        for batch, counts in dealt(_batches(prompts, rooms, batch_rows), placement):
+        for batch, counts in dealt(_batches(prompts, rooms, budget), placement):
             on_batch()
             asking = [prompts[row] for row in batch]
             texts = _generate(core, asking, tokenizer, end_ids, placement, rooms[batch[0]])
@@ -55,13 +59,14 @@ def answers(
     return said
 
 
-def _batches(prompts: Sequence[Ids], rooms: Sequence[int], batch_rows: int) -> list[list[int]]:
+def _batches(prompts: Sequence[Ids], rooms: Sequence[int], budget: int) -> list[list[int]]:
     """Rows by length of their prompts; those of a batch have equal room, so that none cuts another's answer short."""
     batches: list[list[int]] = []
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
         if rooms[row] < 1:
             continue
-        if batches and len(batches[-1]) < batch_rows and rooms[batches[-1][0]] == rooms[row]:
+        rows = min(BATCH_ROWS, budget // (len(prompts[row]) + rooms[row]))  # it would be the longest of its batch
+        if batches and len(batches[-1]) < rows and rooms[batches[-1][0]] == rooms[row]:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -192,8 +192,8 @@ def test_a_tuned_model_ends_its_answers_although_padding_and_end_are_one_token(t
         pass
     core = model.get_base_model()
     wanted = {row: answer for row, (_, answer) in enumerate(pairs)}
-    for batch_rows in (16, 1):
-        assert generate.answers(core, rows, tokenizer, [end], CPU, 3, max_new_tokens=8, batch_rows=batch_rows) == wanted
+    for budget in (10_000, 1):
+        assert generate.answers(core, rows, tokenizer, [end], CPU, 3, max_new_tokens=8, budget=budget) == wanted
 
 
 PROMPTS: dict[str, tuple[list[list[int]], list[list[int]], list[int]]] = {
@@ -203,6 +203,26 @@ PROMPTS: dict[str, tuple[list[list[int]], list[list[int]], list[int]]] = {
     "nothing to begin with": ([[], [7] * 3, []], [[0, 2, 1]], []),
 }
 """Prompts for a model of 256 positions that is asked for 12 tokens; the batches; rows that are put aside."""
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (1, [[0], [1], [2], [3], [4]]),
+        (40, [[0, 1], [2], [3], [4]]),
+        (120, [[0, 1, 2, 3], [4]]),
+        (10_000, [[0, 1, 2, 3, 4]]),
+    ],
+)
+def test_a_batch_of_answers_costs_no_more_tokens_than_a_micro_batch(budget: int, expected: list[list[int]]) -> None:
+    """Prompts of 8, 10, 20, 20 and 200 tokens, 10 for each answer: a row counts as its batch's longest and its room."""
+    prompts = [np.zeros(length, dtype=np.int32) for length in (8, 10, 20, 20, 200)]
+    assert generate._batches(prompts, [10] * 5, budget) == expected
+
+
+def test_not_more_rows_are_answered_together_than_the_host_keeps_up_with() -> None:
+    prompts = [np.zeros(2, dtype=np.int32)] * 40
+    assert [len(batch) for batch in generate._batches(prompts, [2] * 40, 10_000)] == [16, 16, 8]
 
 
 @pytest.mark.parametrize("case", PROMPTS)
@@ -224,10 +244,10 @@ def test_a_greedy_answer_is_the_same_whatever_is_asked_beside_it(
 
     monkeypatch.setattr(generate, "_generate", noted)
 
-    def said(chosen: list[list[int]], world: int = 1, **more: Any) -> dict[int, str]:
+    def said(chosen: list[list[int]], world: int = 1, budget: int = 100_000) -> dict[int, str]:
         rows = rows_of([[7, 8]] * len(chosen), [[False, True]] * len(chosen), chosen)
         every = [replace(CPU, rank=rank, world=world) for rank in range(world)]
-        shares = [generate.answers(core, rows, tokenizer, [0], rank, len(chosen), 12, **more) for rank in every]
+        shares = [generate.answers(core, rows, tokenizer, [0], rank, len(chosen), 12, budget) for rank in every]
         assert sum(map(len, shares)) == len(chosen)
         return {row: text for share in shares for row, text in share.items()}
 
@@ -235,7 +255,7 @@ def test_a_greedy_answer_is_the_same_whatever_is_asked_beside_it(
     full = [prompt or [tokenizer.eos_token_id] for prompt in prompts]  # this tokenizer has no BOS
     assert asked == [([full[row] for row in batch], min(12, 256 - len(full[batch[0]]))) for batch in batches]
     assert not any(together[row] for row in aside)
-    assert together == said(prompts, batch_rows=1) == said(prompts, world=3) == said(full)
+    assert together == said(prompts, budget=1) == said(prompts, world=3) == said(full)
     assert together == {row: said([prompt])[0] for row, prompt in enumerate(prompts)}
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(9)
     asked.clear()

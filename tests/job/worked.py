@@ -80,5 +80,5 @@ def measured(rank: int, world: int, base: str, lengths: list[int], parallelism: 
     rows = made_rows(lengths, 300)
     figures = evaluate.measure(core, rows, PaddingFree(placement.device), placement, budget=50)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    said = generate.answers(core, rows, tokenizer, [0], placement, len(lengths), max_new_tokens=3, batch_rows=3)
+    said = generate.answers(core, rows, tokenizer, [0], placement, len(lengths), max_new_tokens=3, budget=12)
     return {"sums": figures.sums.flatten().tolist(), "said": {str(row): text for row, text in said.items()}}
