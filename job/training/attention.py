@@ -47,6 +47,9 @@ def _documents_attention(
     if _has_varlen(query, dropout):
         return _varlen(query, key, value, scaling, documents, window), None
     gqa = query.shape[1] != key.shape[1]
+    if gqa and _repeats(query):
+        groups = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     parts = [
         functional.scaled_dot_product_attention(
             q, k, v, _window(q, window), dropout, is_causal=window is None, scale=scaling, enable_gqa=gqa
@@ -54,6 +57,15 @@ def _documents_attention(
         for q, k, v in zip(*(torch.split(t, documents.lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _repeats(query: Tensor) -> bool:
+    """Whether each head needs keys of its own.
+
+    On CUDA, where the variable-length kernel cannot be had, only the memory-efficient one is left, and it knows no
+    shared keys: torch would make all scores of a row at once. The CPU's knows them.
+    """
+    return query.is_cuda and torch.version.hip is None
 
 
 def _window(query: Tensor, window: int | None) -> Tensor | None:

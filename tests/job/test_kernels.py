@@ -2,12 +2,17 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 
 from job.data.prepared import Rows
 from job.training import kernels
+from job.training.attention import _documents_attention, _repeats
+from job.training.batch import Documents
 from job.training.head import chunked_head, cross_entropy_sum
 from job.training.kernels import PaddingFree, Reference
 from tests.job.made import CPU, made_model, made_rows, made_spec
@@ -149,6 +154,26 @@ def test_a_sliding_window_is_respected(tiny_qwen: Path, tmp_path: Path) -> None:
     packed, _ = logits_of(PaddingFree(DEVICE), core, rows, [0, 1])
     padded, _ = logits_of(Reference(0, DEVICE), core, rows, [0, 1])
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+
+
+def test_keys_are_repeated_where_only_a_kernel_without_shared_ones_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the variable-length kernel a GPU would else hold all scores of a row; the numbers are the same."""
+    assert [_repeats(SimpleNamespace(is_cuda=on)) for on in (True, False)] == [True, False]  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 12, 4) for heads in (8, 2, 2))
+    documents = Documents([7, 5], torch.tensor([0, 7, 12], dtype=torch.int32))
+    whole, seen, found = functional.scaled_dot_product_attention, [], []
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *others: Any, enable_gqa: bool, **more: Any) -> torch.Tensor:
+        seen.append((key.shape[1], enable_gqa))
+        return whole(query, key, *others, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    for repeats in (True, False):
+        monkeypatch.setattr("job.training.attention._repeats", lambda _, repeats=repeats: repeats)
+        found.append(_documents_attention(torch.nn.Identity(), query, key, value, None, documents=documents)[0])
+    assert seen == [(8, False)] * 2 + [(2, True)] * 2
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-6)
 
 
 def test_cross_entropy_is_a_sum_in_float32() -> None:
