@@ -62,8 +62,13 @@ def _check(arguments: argparse.Namespace) -> int:
     spec = read(Path(arguments.spec), arguments.set)
     profile = _profile(arguments)
     remarks: list[str] = []
+
+    def tell(line: str) -> None:
+        remarks.append(line)
+        say(line)
+
     if arguments.cluster:
-        checking.against_cluster(spec, arguments.profile, remarks.append)
+        checking.against_cluster(spec, arguments.profile, tell)
     elif arguments.profile is not None:
         checking.against_profile(spec, arguments.profile)
     looks = bool(arguments.data or arguments.samples)
@@ -89,8 +94,6 @@ def _checked(arguments: argparse.Namespace, spec: "JobSpec", memory: list[str], 
     from job.spec import run_id
     from launcher.show import as_text
 
-    for line in remarks:
-        say(line)
     record = {"run": run_id(spec), "method": spec.method, "model": spec.model.name}
     if arguments.output != "table":
         show(as_text({"spec": arguments.spec, **record, "memory": memory, "remarks": remarks}, arguments.output))

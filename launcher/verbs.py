@@ -170,9 +170,12 @@ class Door:
             return doomed(self.cluster, self.find(name), root)
         except NoRun:
             spec = _spec_of(name)
-            if left := remains(self.cluster, run_id(spec) if spec else name, root):
-                return left
-            raise
+            # A schedule has no data of its own; by the id that they share it would be a run's.
+            is_of_another = bool(root and spec and spec.scheduling.cron)
+            left = None if is_of_another else remains(self.cluster, run_id(spec) if spec else name, root)
+            if left is None:
+                raise
+            return left
 
     def delete(self, name: str, data: bool = False) -> list[str]:
         """Takes a run off the cluster, with ``data`` out of the store too; gives what is gone."""

@@ -239,6 +239,16 @@ def test_each_verb_and_each_of_its_options_is_a_documented_call_of_tunejob(verb:
     assert function.__name__ in tunejob.__all__
 
 
+def test_what_the_cluster_warns_of_is_said_beside_what_it_refuses(kit: Kit) -> None:
+    full = {"hard": {"pods": "1"}, "used": {"pods": "1"}}
+    kit.objects.put("resourcequotas", {"metadata": {"name": "small"}, "status": full})
+    said = kit.cli("check", kit.spec(), "--cluster", "-o", "json")
+    assert [line for line in json.loads(said.out)["remarks"] if "small" in line], said
+    kit.refuse("DRY jobs", 403, 'admission webhook "x" denied the request: no')
+    said = kit.cli("check", kit.spec(), "--cluster")
+    assert (said.code, "small" in said.err, "denied the request" in said.err) == (Code.REFUSED, True, True), said
+
+
 def test_python_renders_to_a_folder_and_checks_against_profile_and_cluster(kit: Kit) -> None:
     rendered = tunejob.render(kit.spec(), folder=kit.folder / "deploy")
     assert (kit.folder / "deploy" / "objects" / f"{rendered.run}.yaml").is_file()

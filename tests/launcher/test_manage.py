@@ -137,10 +137,17 @@ def test_a_schedule_has_no_log_end_or_result_of_its_own(kit: Kit, words: list[st
 
 
 def test_the_data_of_a_schedule_is_that_of_its_fires(kit: Kit) -> None:
-    kit.submitted(kit.spec(scheduling=CRON))
+    schedule = kit.spec(scheduling=CRON)
+    kit.submitted(schedule)
     said = kit.cli("delete", "run", "--data", "--yes")
     assert (said.code, "delete --data FIRE" in said.err) == (Code.REFUSED, True), said
     assert kit.objects.names("cronjobs") == ["run"]
+    left = kit.got("configmaps", kit.objects.names("configmaps")[0])
+    kit.cli("delete", "run", "--yes")
+    metadata = {key: value for key, value in left["metadata"].items() if key != "ownerReferences"}
+    kit.objects.put("configmaps", left | {"metadata": metadata})
+    said = kit.cli("delete", schedule, "--data", "--yes")
+    assert (said.code, "no run run on a schedule" in said.err) == (Code.REFUSED, True), said
 
 
 def test_what_is_deleted_is_shown_before_it_is_asked_for(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
