@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from job.data.data_report import lines_of
-from job.data.formats import example_of, recognise
+from job.data.formats import columns_of, example_of
 from job.data.prepare import prepare_into
 from job.data.prepared import TOKENIZER, load
+from job.data.recogniser import Recogniser
 from job.data.row_error import RowError
 from job.data.rows import BadRow, BadRows, begins_with_header, read_rows
 from job.errors import DataInvalid, JobError
@@ -101,9 +102,14 @@ def _counted(spec: JobSpec, inputs: Sequence[Input]) -> Iterator[str]:
 
 def _count(spec: JobSpec, source: Input, bad: BadRows) -> str:
     named = spec.data.columns.model_dump(exclude_none=True)
-    shape, usable, skipped = None, 0, 0
-    for row in read_rows(source, bad, begins_with_header(named)):
-        shape = shape or recognise(row.values, spec.data.format, named, row.origin)
+    recogniser, shape, usable, skipped = Recogniser(spec.data), None, 0, 0
+    for row in read_rows(source, bad, begins_with_header(named), columns_of(named)):
+        found = shape or recogniser.shape_of(row)
+        if isinstance(found, BadRow):
+            bad.skip(found)
+            skipped += 1
+            continue
+        shape = found
         try:
             example_of(row.values, shape, spec.data.chat_template != "none")
             usable += 1

@@ -1,37 +1,65 @@
 """What became of the data, in words and numbers; and what is too little to train on. Pure."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.data.row_writer import TOO_LONG, Counts, Limits
+from job.data.rows import BadRows
 from job.errors import DataInvalid
 from job.spec import JobSpec
+from job.spec_sections import Data
+
+_ADVICE = "raise training.max_length, choose another training.long_rows, or raise data.max_dropped"
 
 
-def check_enough(train: Counts, evaluation: Counts, limits: Limits, max_dropped: float) -> None:
+def check_enough(train: Counts, evaluation: Counts, limits: Limits, data: Data, bad: BadRows) -> None:
     """Refuses data of which too much was dropped or nothing is left to train on.
 
     Raises:
         DataInvalid: with the numbers, and what to try.
     """
-    read = train.read + evaluation.read
-    dropped = train.dropped.total() + evaluation.dropped.total()
-    why = ", ".join(f"{count} {reason}" for reason, count in (train.dropped + evaluation.dropped).items())
-    if (train.dropped + evaluation.dropped)[TOO_LONG]:
-        why += f" {limits.max_length} tokens (the longest has {max(train.longest, evaluation.longest)})"
-    advice = "raise training.max_length, choose another training.long_rows, or raise data.max_dropped"
-    if dropped > max_dropped * read:
-        raise DataInvalid(
-            f"data.train: {dropped} of {read} rows dropped ({why}), over data.max_dropped {max_dropped:g}; {advice}"
-        )
-    if not train.kept and evaluation.kept and not dropped:
+    # Rows set aside are rows of data.train; those of data.eval must not make up for them, nor the other way round.
+    own = data.eval is not None
+    _check_dropped("data.train", [train] if own else [train, evaluation], limits, data.max_dropped)
+    if own:
+        _check_dropped("data.eval", [evaluation], limits, data.max_dropped)
+    if train.kept:
+        return
+    if evaluation.kept and not own and not (train.dropped + evaluation.dropped).total():
         raise DataInvalid(
             f"data.train: all {evaluation.kept} rows were set aside for evaluation and none is left to train on; "
             "add rows, name evaluation data (data.eval), or set data.eval_split to 0"
         )
-    if not train.kept:
-        aside = f", {evaluation.kept} set aside for evaluation" if evaluation.kept else ""
-        raise DataInvalid(f"data.train: no row is left to train on ({why or 'none could be read'}{aside}); {advice}")
+    why = [_dropped([train], limits)] if train.dropped else []
+    why += [f"{bad.kinds.total()} bad rows, the first: {bad.examples[0]}"] if bad.examples else []
+    why += [f"{evaluation.kept} set aside for evaluation"] if evaluation.kept and not own else []
+    advice = _ADVICE if train.dropped else "correct them, or name other data"
+    raise DataInvalid(f"data.train: no row is left to train on ({'; '.join(why)}); {advice}")
+
+
+def _check_dropped(key: str, sets: Sequence[Counts], limits: Limits, max_dropped: float) -> None:
+    read, dropped = (sum(counts) for counts in zip(*((one.read, one.dropped.total()) for one in sets), strict=True))
+    if dropped > max_dropped * read:
+        raise DataInvalid(
+            f"{key}: {dropped} of {read} rows dropped ({_dropped(sets, limits)}), over data.max_dropped "
+            f"{max_dropped:g}; {_ADVICE}"
+        )
+
+
+def _dropped(sets: Sequence[Counts], limits: Limits) -> str:
+    """Rows dropped, by reason."""
+    reasons = sum((one.dropped for one in sets), Counter[str]())
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    if reasons[TOO_LONG]:
+        why += f" {limits.max_length} tokens (the longest has {max(one.longest for one in sets)})"
+    return why
+
+
+def not_used(name: str, columns: Sequence[str]) -> str:
+    """A warning of columns that no part of a row is read from."""
+    shown = ", ".join(repr(column[:60]) for column in columns[:8])
+    return f"{name}: not used: {shown}{' …' if len(columns) > 8 else ''}"
 
 
 def no_evaluation(spec: JobSpec, counts: Counts, split_from: int) -> str | None:

@@ -40,7 +40,9 @@ class Shape:
     """Part (prompt, completion, input, system, messages, tools or text) to column. Those that may be absent are here
     whether the first row has them or not: a later one may."""
     seen: tuple[str, ...] = ()
-    """The columns that the first row has."""
+    """Those of them that the first row has."""
+    unused: tuple[str, ...] = ()
+    """The other columns that it has."""
 
     def __str__(self) -> str:
         return f"{self.format} ({', '.join(self.seen)})"
@@ -51,12 +53,12 @@ class _Known:
     """A format under the column names people use for it."""
 
     format: str
-    needed: Mapping[str, str]
-    optional: Mapping[str, str]
+    needed: dict[str, str]
+    optional: dict[str, str]
 
 
 _KNOWN = (
-    _Known("messages", {"messages": "messages"}, {"tools": "tools"}),
+    _Known("messages", {"messages": "messages"}, {"system": "system", "tools": "tools"}),
     _Known("sharegpt", {"messages": "conversations"}, {"system": "system", "tools": "tools"}),
     _Known("alpaca", {"prompt": "instruction", "completion": "output"}, {"input": "input", "system": "system"}),
     _Known("prompt_completion", {"prompt": "prompt", "completion": "completion"}, {"system": "system"}),
@@ -97,8 +99,15 @@ def recognise(found: Collection[str], wanted: str | None, named: Mapping[str, st
         if {*needed.values(), *named.values()} <= set(found):
             optional = {part: named.get(part, name) for part, name in known.optional.items()}
             columns = needed | optional
-            return Shape(known.format, columns, tuple(name for name in columns.values() if name in found))
+            seen = tuple(name for name in columns.values() if name in found)
+            return Shape(known.format, columns, seen, tuple(name for name in found if name not in seen))
     raise DataInvalid(f"{origin}: " + _unrecognised(found, wanted, named))
+
+
+def columns_of(named: Mapping[str, str]) -> frozenset[str]:
+    """Every column that rows of some format may be read from; ``named`` as for ``recognise``."""
+    parts = [known.needed | known.optional for known in _KNOWN]
+    return frozenset(named.values()).union(*(columns.values() for columns in parts))
 
 
 def _candidates(named: Mapping[str, str], wanted: str | None) -> list[_Known]:

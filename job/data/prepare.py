@@ -15,11 +15,12 @@ from typing import Any
 from job import outcome
 from job.child import setup_child
 from job.data import chat
-from job.data.data_report import check_enough, lines_of, no_evaluation, sources_of
+from job.data.data_report import check_enough, lines_of, no_evaluation, not_used, sources_of
 from job.data.encode import Encoder
 from job.data.equal_rows import EqualRows
-from job.data.formats import Shape, recognise
+from job.data.formats import Shape, columns_of
 from job.data.prepared import EVAL, INFO, REPORT, TOKENIZER, TRAIN
+from job.data.recogniser import Recogniser
 from job.data.row_maker import Batch, Made, RowMaker, batches, in_order, processes_for
 from job.data.row_writer import Limits, RowWriter
 from job.data.rows import BadRow, BadRows, Row, begins_with_header, items
@@ -110,7 +111,7 @@ class Pass:
         self.folder = folder
         self.bad = BadRows(spec.data.max_bad_rows)
         self.equal = EqualRows()
-        self.shapes: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {}
         self.split_from = 0
         self.encoder = Encoder(tokenizer, spec.data.train_on)
         self.train = RowWriter(folder / TRAIN, self.encoder, limits)
@@ -130,7 +131,7 @@ class Pass:
         train_digest, self.eval_digest = self.train.close(), self.eval.close()
         digests = train_digest + self.eval_digest
         self.digest = hashlib.sha256(digests.encode("ascii")).hexdigest()
-        check_enough(self.train.counts, self.eval.counts, self.limits, self.spec.data.max_dropped)
+        check_enough(self.train.counts, self.eval.counts, self.limits, self.spec.data, self.bad)
 
     def _place(self, row: Made) -> None:
         self.split_from += 1
@@ -156,18 +157,20 @@ class Pass:
 
     def _batches(self, number: int, source: Input) -> Iterator[Batch]:
         named = self.spec.data.columns.model_dump(exclude_none=True)
+        recogniser = Recogniser(self.spec.data)
 
-        def shape_of(row: Row) -> Shape:
-            shape = recognise(row.values, self.spec.data.format, named, row.origin)
-            self._accept(shape, source)
+        def shape_of(row: Row) -> Shape | BadRow:
+            shape = recogniser.shape_of(row)
+            if isinstance(shape, Shape):
+                self._accept(shape, source)
             return shape
 
-        return batches(number, items(source, begins_with_header(named)), shape_of)
+        return batches(number, items(source, begins_with_header(named), columns_of(named)), shape_of)
 
     def _accept(self, shape: Shape, source: Input) -> None:
         if self.template is None and "messages" in shape.columns:
             raise chat.refuse_messages(source.uri)
-        self.shapes[source.uri] = str(shape)
+        self.shapes[source.uri] = shape
 
     def write(self) -> dict[str, Any]:
         """Writes the report, the tokenizer and the worker's record beside the rows; the report."""
@@ -181,7 +184,8 @@ class Pass:
     def _report(self) -> dict[str, Any]:
         train, evaluation = self.train.counts, self.eval.counts
         return {
-            "files": self.shapes,
+            "files": {name: str(shape) for name, shape in self.shapes.items()},
+            "unused_columns": {name: list(shape.unused) for name, shape in self.shapes.items() if shape.unused},
             "template": self.template.name if self.template is not None else None,
             "sources": sources_of(train, self.spec),
             "train": train.record() | self.equal.in_train(),
@@ -194,7 +198,7 @@ class Pass:
 
     def _warnings(self) -> list[str]:
         counts = self.train.counts
-        found = []
+        found = [not_used(name, shape.unused) for name, shape in self.shapes.items() if shape.unused]
         if self.template is not None and counts.endings[""] and counts.ways.total() != counts.ways["plain text"]:
             found.append("the chat template ends answers without an end-of-turn token; the model may not learn to stop")
         overlap = self.equal.in_evaluation()["also_in_train"]

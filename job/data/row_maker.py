@@ -108,11 +108,11 @@ def _made(file: int, one: _Rendered, encoded: Encoded) -> Made:
     return Made(file, row.source, row.number, key, is_aside, encoded, rendered.ending, rendered.way, begins)
 
 
-def batches(file: int, items: Iterable[Row | BadRow], shape_of: Callable[[Row], Shape]) -> Iterator[Batch]:
+def batches(file: int, items: Iterable[Row | BadRow], shape_of: Callable[[Row], Shape | BadRow]) -> Iterator[Batch]:
     """The items of one file in batches; what was read before a failure comes before it.
 
     Args:
-        shape_of: asked once, with the first row: how the file's rows are read.
+        shape_of: how the file's rows are read; asked with every row until it knows.
     """
     shape: Shape | None = None
     waiting: list[Row | BadRow] = []
@@ -120,8 +120,12 @@ def batches(file: int, items: Iterable[Row | BadRow], shape_of: Callable[[Row], 
     try:
         for item in items:
             if isinstance(item, Row):
-                shape = shape or shape_of(item)
-                characters += _characters(item.values)
+                found = shape or shape_of(item)
+                if isinstance(found, Shape):
+                    shape = found
+                    characters += _characters(item.values)
+                else:
+                    item = found
             waiting.append(item)
             if len(waiting) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
                 yield Batch(file, shape, waiting)

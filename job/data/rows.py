@@ -4,21 +4,16 @@ import codecs
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from job.data.json_array import elements
+from job.data.parquet import read_parquet
 from job.data.row_error import MAX_ROW_BYTES, STRICT, RowError, is_text, reason, refuse
 from job.errors import DataInvalid, InputMissing
 from job.inputs import Input
-
-_PARQUET_BATCH_ROWS = 256
-_PARQUET_BATCH_BYTES = 4 * 2**20
-"""Bounds of what is held of a .parquet file: rows, and bytes by the mean of their row group."""
-_PARQUET_BUFFER_BYTES = 2**20
-"""Read of a column at a time; without it a whole row group would be."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +72,33 @@ def begins_with_header(named: Mapping[str, str]) -> bool:
     return not named or not all(name.isdigit() for name in named.values())
 
 
-def read_rows(source: Input, bad: BadRows, has_header: bool = True) -> Iterator[Row]:
+def read_rows(
+    source: Input, bad: BadRows, has_header: bool = True, columns: Collection[str] | None = None
+) -> Iterator[Row]:
     """The usable rows of one file, in order, read as they are asked for.
 
     Args:
         bad: where broken rows are counted.
+        columns: as ``items``.
 
     Raises:
         DataInvalid: as ``items``, or there are too many broken rows.
         InputMissing: as ``items``.
     """
-    for item in items(source, has_header):
+    for item in items(source, has_header, columns):
         if isinstance(item, Row):
             yield item
         else:
             bad.skip(item)
 
 
-def items(source: Input, has_header: bool = True) -> Iterator[Row | BadRow]:
+def items(source: Input, has_header: bool = True, columns: Collection[str] | None = None) -> Iterator[Row | BadRow]:
     """The rows of one file and its broken ones, in order, read as they are asked for.
 
     Args:
         source: the file; the ending of its name says what it is.
         has_header: whether the first line of .csv and .tsv names the columns; without it they are "0", "1", and so on.
+        columns: those that are wanted; others of a .parquet file are not read, and null. None: all.
 
     Raises:
         DataInvalid: the file cannot be read as what it is called, or is empty.
@@ -108,7 +107,7 @@ def items(source: Input, has_header: bool = True) -> Iterator[Row | BadRow]:
     reader = _reader(source)
     _check_file(source)
     is_empty = True
-    for number, value in reader(source, has_header):
+    for number, value in reader(source, has_header, columns):
         is_empty = False
         if isinstance(value, dict):
             yield Row(source.uri, number, value)
@@ -121,10 +120,11 @@ def items(source: Input, has_header: bool = True) -> Iterator[Row | BadRow]:
 
 
 _Numbered = Iterator[tuple[int, Any]]
-_Reader = Callable[[Input, bool], _Numbered]
+_Wanted = Collection[str] | None
+_Reader = Callable[[Input, bool, _Wanted], _Numbered]
 
 
-def _read_jsonl(source: Input, has_header: bool) -> _Numbered:
+def _read_jsonl(source: Input, has_header: bool, columns: _Wanted) -> _Numbered:
     for number, line in _lines(source):
         if isinstance(line, RowError):
             yield number, line
@@ -161,17 +161,17 @@ def _parse(text: str) -> Any:
         raise RowError("invalid JSON", reason(error)) from error
 
 
-def _read_json(source: Input, has_header: bool) -> _Numbered:
+def _read_json(source: Input, has_header: bool, columns: _Wanted) -> _Numbered:
     """A JSON array, or lines of JSON under the name .json."""
     with source.path.open("rb") as stream:
         head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"["):
         yield from enumerate(elements(source), start=1)
     else:
-        yield from _read_jsonl(source, has_header)
+        yield from _read_jsonl(source, has_header, columns)
 
 
-def _read_text(source: Input, has_header: bool) -> _Numbered:
+def _read_text(source: Input, has_header: bool, columns: _Wanted) -> _Numbered:
     """Paragraphs: lines with an empty one, or nothing but white space, before and after."""
     lines: list[bytes] = []
     start = size = 0
@@ -197,7 +197,7 @@ def _paragraph(lines: list[bytes], size: int) -> dict[str, Any] | RowError:
         return problem
 
 
-def _read_table(source: Input, has_header: bool) -> _Numbered:
+def _read_table(source: Input, has_header: bool, columns: _Wanted) -> _Numbered:
     """Rows of a .csv or .tsv file; a quoted field may hold line ends."""
     csv.field_size_limit(MAX_ROW_BYTES)
     # Bytes that are not UTF-8 become surrogates, so that the row they are in can be named.
@@ -250,45 +250,12 @@ def _table_row(fields: list[str], header: list[str] | None) -> dict[str, Any] | 
     return dict(zip(names, fields, strict=True))
 
 
-def _read_parquet(source: Input, has_header: bool) -> _Numbered:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER_BYTES) as file:
-            for group in range(file.num_row_groups):
-                size = _batch_rows(file.metadata.row_group(group))
-                for batch in file.iter_batches(batch_size=size, row_groups=[group]):
-                    for values in batch.to_pylist():
-                        number += 1
-                        yield number, {name: _without_nulls(value) for name, value in values.items()}
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        refuse(source, f"cannot be read as parquet after row {number}: {reason(error)}; write the file again")
-
-
-def _batch_rows(group: Any) -> int:
-    """How many rows of a row group are read at once."""
-    mean: int = group.total_byte_size // max(group.num_rows, 1)
-    return max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(mean, 1)))
-
-
-def _without_nulls(value: Any) -> Any:
-    """A column's value without the members that are null.
-
-    Arrow gives every object of a column the keys of all of them: nobody wrote those nulls.
-    """
-    if isinstance(value, dict):
-        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 _READERS: dict[str, _Reader] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_table,
     ".tsv": _read_table,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".txt": _read_text,
 }
 

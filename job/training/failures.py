@@ -20,8 +20,9 @@ def as_torch_failure(error: BaseException) -> JobError | None:
     code = _cuda_code(error)
     if is_out_of_memory(error):
         return DeviceOutOfMemory(
-            f"device memory: {str(error).splitlines()[0]}; at its peak this process held {_peak()}; lower training.micro_batch_size (the run and its loss stay "
-            "the same), set training.gradient_checkpointing: true, or use method: qlora"
+            f"device memory: {str(error).splitlines()[0]}; at its peak this process held {_peak()}; lower "
+            "training.micro_batch_size (the run and its loss stay the same), set training.gradient_checkpointing: "
+            "true, or use method: qlora"
         )
     if code in _LOST:
         return DeviceFailure(f"the GPU reports {_LOST[code]} (CUDA error {code}); try again on another one")
@@ -31,7 +32,7 @@ def as_torch_failure(error: BaseException) -> JobError | None:
 
 
 def _peak() -> str:
-    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
     return f"{peak_bytes(device) / 2**30:.2f} GiB"
 
 

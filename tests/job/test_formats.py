@@ -71,6 +71,8 @@ def test_parts_that_exclude_each_other_are_refused() -> None:
 def test_sharegpt_and_openai_messages_are_the_same_conversation() -> None:
     sharegpt = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "system": "s"}
     assert example({"messages": [S, U, A]}) == example(sharegpt) == example({"conversations": [S, U, A]})
+    assert example({"messages": [U, A], "system": "s"}) == example(sharegpt)
+    assert example({"messages": [S, U, A], "system": "not put before another"}) == example(sharegpt)
 
 
 def test_alpaca_without_template_is_the_published_prompt() -> None:

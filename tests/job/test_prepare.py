@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -253,6 +255,70 @@ def test_new_tokens_are_one_token_each_and_fit_the_model(run: Run) -> None:
     assert info["vocabulary"] == len(tokenizer)
     assert info["new_tokens"] == tokenizer.convert_tokens_to_ids(["<fruit>", "<red>"])
     assert set(info["new_tokens"]) <= set(loaded(workdir).train.tokens(0).tolist())
+
+
+def test_evaluation_rows_do_not_make_up_for_training_rows_that_were_dropped(run: Run) -> None:  # T12
+    many = numbered_rows(200)
+    message = refused(run([LONG] * 9 + toy_rows(1), evaluation=many), ExitCode.DATA)
+    assert message.startswith("data.train: 9 of 10 rows dropped (9 longer than training.max_length 128 tokens")
+    message = refused(run(many, evaluation=[LONG] * 2 + toy_rows(3)), ExitCode.DATA)
+    assert message.startswith("data.eval: 2 of 5 rows dropped (2 longer")
+
+
+def test_rows_set_aside_are_rows_of_the_training_data(run: Run) -> None:  # T12
+    """Few rows set aside, one of them too long: no share of the file."""
+    data = loaded(run([LONG, *numbered_rows(40)], eval_split=0.2))
+    assert data.eval is not None
+    assert len(data.train) + len(data.eval) == 40
+
+
+def test_a_tolerance_that_takes_every_row_names_the_first(run: Run) -> None:  # T36
+    rows = [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": " "}]
+    message = refused(run(rows, max_bad_rows=5), ExitCode.DATA)
+    assert message == (
+        "data.train: no row is left to train on (2 bad rows, the first: train.jsonl:1: not text: column 'completion' "
+        "is null; text is needed); correct them, or name other data"
+    )
+    message = refused(run([{"a": "1"}, {"b": "2"}], max_bad_rows=5), ExitCode.DATA)
+    assert "2 bad rows, the first: train.jsonl:1: unknown columns" in message
+
+
+def test_the_first_row_that_fits_says_the_shape(run: Run) -> None:
+    rows = [{"note": "a secret"}, {}, *toy_rows(3)]
+    workdir = run(rows, max_bad_rows=2)
+    assert len(loaded(workdir).train) == 3
+    report = read_json(workdir.data_report)
+    assert report["bad_rows"] == {"unknown columns": 2}
+    assert not any(word in json.dumps(report) for word in ("secret", "note"))
+    for tolerance in (0, 1):
+        message = refused(run(rows, max_bad_rows=tolerance), ExitCode.DATA)
+        assert message.startswith(f"train.jsonl:{tolerance + 1}: no known format has the columns")
+
+
+def test_a_system_column_beside_messages_is_read(run: Run) -> None:
+    workdir = run([toy_messages(1)[0] | {"system": "Be brief."}])
+    assert "Be brief." in tokenizer_of(workdir).decode(loaded(workdir).train.tokens(0))
+
+
+def test_columns_that_are_not_used_are_named_once(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": i, **row, "history": [["q", "a"]]} for i, row in enumerate(toy_rows(4))]
+    with caplog.at_level("INFO", logger="job.data.prepare"):
+        workdir = run({"a.jsonl": rows, "b.jsonl": toy_rows(2)})
+    report = read_json(workdir.data_report)
+    assert report["unused_columns"] == {"a.jsonl": ["id", "history"]}
+    assert report["warnings"] == ["a.jsonl: not used: 'id', 'history'"]
+    assert caplog.text.count("warning: a.jsonl: not used: 'id', 'history'") == 1
+
+
+def test_a_parquet_column_that_nobody_uses_may_hold_anything(run: Run) -> None:  # T36
+    workdir = run({"a.parquet": [row | {"when": 0} for row in toy_rows(3)]})
+    path = workdir.root / "a.parquet"
+    table = pyarrow.parquet.read_table(path)
+    late = pa.array([2**63 - 1] * 3, pa.timestamp("us"))
+    pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index("when"), "when", late), path)
+    prepare.main([str(workdir.root)])
+    assert len(loaded(workdir).train) == 3
+    assert read_json(workdir.data_report)["unused_columns"] == {"a.parquet": ["when"]}
 
 
 def test_a_column_that_the_first_row_lacks_is_not_lost(run: Run) -> None:

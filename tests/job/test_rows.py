@@ -6,6 +6,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -169,6 +171,40 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:200] + b"\0" * 400 + content[600:])
     assert "cannot be read as parquet" in refusal(path)
+
+
+def test_a_value_that_python_has_no_object_for_spoils_only_its_row(tmp_path: Path) -> None:  # T36
+    path = tmp_path / "data.parquet"
+    late = pa.array([0, 2**63 - 1, 1], pa.timestamp("us"))
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b", "c"], "when": late}), path)
+    found, bad = read(path, max_bad=1)
+    assert [(row.number, row.values["text"]) for row in found] == [(1, "a"), (3, "c")]
+    assert bad.examples[0].startswith("data.parquet:2: value out of range: in column 'when': ")
+    assert "data.parquet:2: value out of range" in refusal(path)
+    assert [row.values for row in read_rows(Input(path.name, path), BadRows(0), columns={"text"})] == [
+        {"text": text, "when": None} for text in "abc"
+    ]
+
+
+ODD = {
+    "timestamp": ([2**63 - 1], pa.timestamp("us")),
+    "duration": ([2**62], pa.duration("ms")),
+    "zone": ([0], pa.timestamp("s", tz="Nowhere/City")),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_no_value_of_a_parquet_file_ends_in_a_traceback(tmp_path: Path, kind: str) -> None:  # T36
+    path = tmp_path / "data.parquet"
+    values, type_ = ODD[kind]
+    pyarrow.parquet.write_table(pa.table({"text": pa.array(values, type_)}), path)
+    assert "data.parquet:1: value out of range: in column 'text'" in refusal(path)
+
+
+def test_two_parquet_columns_of_a_name_are_refused(tmp_path: Path) -> None:  # T36
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert "data.parquet: has two columns with the name 'text'" in refusal(path)
 
 
 def test_a_parquet_row_has_no_nulls_but_those_of_its_columns(tmp_path: Path) -> None:
