@@ -4,14 +4,13 @@ Held up to what autograd keeps on tiny models by tests/job/test_estimate.py. Nam
 queries, k all keys, f the inner width of the MLP.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from job.sizing.shapes import Matrix, Shapes
+from job.sizing.trained import Target, saved, targets_of
 from job.spec import JobSpec
-from job.spec_sections import Lora
 
 
 @dataclass(frozen=True)
@@ -29,55 +28,41 @@ class Setting:
     ranks: int = 1
 
 
-@dataclass(frozen=True)
-class Target:
-    """An adapted matrix and the rank of its adapter."""
-
-    matrix: Matrix
-    rank: int
-
-
-def targets_of(shapes: Shapes, lora: Lora) -> list[Target]:
-    """The matrices that the adapter is put on; experts and routers are no linear layers and get none."""
-    wanted = lora.target_modules
-    return [
-        Target(matrix, _rank(matrix, lora))
-        for matrix in shapes.matrices
-        if matrix.linear and (wanted == "all-linear" or any(_ends(matrix.name, name) for name in wanted))
-    ]
-
-
-def _ends(name: str, ending: str) -> bool:
-    """Whether a module's full name, of which ``name`` is the end, may end as the spec says; layer numbers aside."""
-    last = re.sub(r".*\.\d+\.", "", ending)
-    return name == last or name.endswith(f".{last}") or last.endswith(f".{name}")
-
-
-def _rank(matrix: Matrix, lora: Lora) -> int:
-    """By the first pattern that fits the name, as PEFT looks for it; one that asks for a layer's number does not."""
-    for pattern, rank in lora.rank_pattern.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", matrix.name):
-            return rank
-    return lora.r
-
-
 def kept(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
     """Bytes that one layer keeps of a token from its forward to its backward pass."""
-    d, q, k, f, c = shapes.width, shapes.queries, shapes.keys, shapes.inner, here.width
+    d, q, k, c = shapes.width, shapes.queries, shapes.keys, here.width
     # RMSNorm keeps its input in float32: in float32 that is the stream itself, else a copy.
     norms = 4 * (shapes.norms * d + (q + k if shapes.head_norms else 0))
-    attention = c * (2 * q + 2 * k) + _scores(shapes, here)
-    # SwiGLU keeps the gate, its activation and the other product; GELU in torch's own operators keeps four.
-    mlp = c * f * (3 if shapes.gated else 4)
+    # Eager attention, and what a GPU has for float32, know no keys that heads share.
+    shared = k if not shapes.eager and (here.device == "cpu" or c == 2) else q
+    attention = c * (2 * q + 2 * shared) + _scores(shapes, spec, here)
+    mlp = _mlp(shapes, here)
     dropped = (c + (c if here.device == "cpu" else 1)) * 2 * d if shapes.dropout and shapes.family == "gpt2" else 0
     return norms + attention + mlp + dropped + adapter_inputs(shapes, spec, here)
 
 
-def _scores(shapes: Shapes, here: Setting) -> float:
-    """With dropout on them attention scores are kept: three matrices of a row's length squared a head."""
+def _mlp(shapes: Shapes, here: Setting) -> int:
+    """SwiGLU keeps the gate, its activation and the other product; GELU in torch's own operators keeps four."""
+    return here.width * shapes.inner * (3 if shapes.gated else 4)
+
+
+def is_padded(shapes: Shapes, spec: JobSpec) -> bool:
+    """Whether rows lie side by side, padded to the longest: then a micro-batch has fewer tokens that count."""
+    return shapes.padded or spec.training.kernels == "reference"
+
+
+def _scores(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
+    """What attention keeps of its scores, or instead of them, a matrix being a row's length squared for each head."""
+    c = here.width
+    if shapes.eager:
+        # The softmax in float32, in 16 bits a copy; and the tanh of scores that are bounded.
+        return shapes.heads * here.longest * (4 + (c if c == 2 else 0) + (c if shapes.bounded else 0))
+    # One mask for all heads.
+    mask = c * here.longest if is_padded(shapes, spec) else 0
     if not shapes.dropout:
-        return 4 * shapes.heads  # the flash kernels' sums
-    return 3 * here.width * shapes.heads * here.longest
+        return 4 * shapes.heads + mask  # the flash kernels' sums
+    # With dropout on them three matrices are kept.
+    return 3 * c * shapes.heads * here.longest + mask
 
 
 def adapter_inputs(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
@@ -86,7 +71,9 @@ def adapter_inputs(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
     by_input: dict[str, list[Target]] = defaultdict(list)
     for target in targets_of(shapes, spec.lora):
         by_input[target.matrix.reads or target.matrix.name].append(target)
-    total = 0.0
+    # A matrix that trains whole keeps its input as well.
+    inputs = {m.reads or m.name: m.inputs for m in saved(shapes, spec.lora).matrices}
+    total = float(c * sum(inputs.values()))
     for group in by_input.values():
         total += group[0].matrix.inputs * _input_bytes(len(group), spec.lora.dropout > 0, casts, here)
         total += sum(c * target.rank for target in group)
@@ -110,12 +97,18 @@ def _input_bytes(members: int, dropout: bool, casts: bool, here: Setting) -> int
 
 
 def passing(shapes: Shapes, spec: JobSpec, here: Setting) -> float:
-    """Bytes of a token that the backward pass of a layer holds besides: gradients on their way through the MLP."""
+    """Bytes of a token that the backward pass of a layer holds besides: gradients on their way.
+
+    Through the MLP, or, once what the MLP kept is gone, through eager attention: two matrices of scores.
+    """
     d, f, c = shapes.width, shapes.inner, here.width
+    scores = (4 + c) * shapes.heads * here.longest if shapes.eager else 0
     if not _casts(spec, here):
-        return 2 * c * f + c * d
-    # The adapter's input had been turned to float32, and so is its gradient, before dropout and after.
-    return 2 * c * f + 2 * c * d + 4 * f * (2 if spec.lora.dropout else 1)
+        through = 2 * c * f + c * d
+    else:
+        # The adapter's input had been turned to float32, and so is its gradient, before dropout and after.
+        through = 2 * c * f + 2 * c * d + 4 * f * (2 if spec.lora.dropout else 1)
+    return max(through, scores - _mlp(shapes, here))
 
 
 def head_kept(shapes: Shapes, here: Setting) -> float:

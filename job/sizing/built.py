@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from job.sizing.fits import lines_of, told
 from job.sizing.parts import kind_of
 from job.sizing.shapes import Matrix, Shapes, UnknownFamily
 from job.spec import JobSpec, read
+from job.training.apart import refusal
+from job.training.attention import stock_attention
 from job.training.model import empty
 
 
@@ -45,7 +48,10 @@ def built(folder: Path) -> Shapes:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers = int(config.num_hidden_layers)
-    return _gathered(config, layers, tied, set(linear), sizes)
+    shapes = _gathered(config, layers, tied, set(linear), sizes)
+    eager = stock_attention(model) == "eager"
+    bounded = getattr(config, "attn_logit_softcapping", None) is not None
+    return replace(shapes, bounded=bounded, eager=eager, padded=eager or refusal(model) is not None)
 
 
 def _gathered(config: Any, layers: int, tied: bool, linear: set[str], sizes: Mapping[str, tuple[int, ...]]) -> Shapes:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.sizing.activations import Setting, Target, head_kept, kept, largest, passing, targets_of
+from job.sizing.activations import Setting, head_kept, kept, largest, passing
 from job.sizing.shapes import Matrix, Shapes
+from job.sizing.trained import Target, adapter, besides, embeddings_train, head_trains, saved, targets_of
 from job.spec import JobSpec
 
 GIB = 1 << 30
@@ -71,6 +72,8 @@ class Estimate:
     around: Item
     """What is there before the first of them."""
     setting: Setting
+    missing: tuple[str, ...] = ()
+    """Names in `lora.modules_to_save` of which nobody here knows how large they are: then the sum is too small."""
 
     @property
     def tensors(self) -> int:
@@ -118,7 +121,7 @@ def setting_of(spec: JobSpec, tokens: int | None = None, longest: int | None = N
 
 
 def estimate(shapes: Shapes, spec: JobSpec, here: Setting | None = None) -> Estimate:
-    """What a device holds at the peak of training, padding-free, with the chunked head (``job.training.kernels``)."""
+    """What a device holds at the peak of training, with the kernel that the model gets (``job.training.kernels``)."""
     here = here or setting_of(spec)
     targets = targets_of(shapes, spec.lora)
     items = [
@@ -127,7 +130,7 @@ def estimate(shapes: Shapes, spec: JobSpec, here: Setting | None = None) -> Esti
         *_activations(shapes, spec, here),
     ]
     around = Item(*(("CUDA context", 1, CUDA_CONTEXT) if here.device == "cuda" else ("process", 1, PROCESS)))
-    return Estimate(tuple(item for item in items if item.bytes), around, here)
+    return Estimate(tuple(item for item in items if item.bytes), around, here, saved(shapes, spec.lora).unknown)
 
 
 def bytes_per_weight(spec: JobSpec, width: int) -> float:
@@ -142,12 +145,13 @@ def bytes_per_weight(spec: JobSpec, width: int) -> float:
 
 
 def _weights(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]:
-    """The frozen base by kind; shared out where the spec says so, head and tied embeddings excepted."""
+    """The frozen base by kind; shared out where the spec says so, but for the head, and embeddings tied or trained."""
     each = bytes_per_weight(spec, here.width)
     parts = here.ranks if spec.training.parallelism == "shard" else 1
+    whole = {"head"} | ({"embeddings"} if shapes.tied or embeddings_train(spec) else set())
     for kind, count in shapes.counts().items():
         loose = sum(_loose(m) * m.each * shapes.layers for m in shapes.matrices if m.kind == kind)
-        shared = 1 if kind == "head" or (kind == "embeddings" and shapes.tied) else parts
+        shared = 1 if kind in whole else parts
         if kind not in ("attention", "mlp", "experts") or spec.quantized is None:
             yield Item(f"weights: {kind}", math.ceil(count / shared), here.width)
             continue
@@ -165,34 +169,11 @@ def _loose(matrix: Matrix) -> int:
     return (matrix.outputs if matrix.bias else 0) if matrix.linear else matrix.inputs * matrix.outputs
 
 
-def trained_parameters(shapes: Shapes, spec: JobSpec) -> int:
-    """Parameters that train: adapter, magnitudes (DoRA), saved modules, new tokens, biases."""
-    return _adapter(shapes, spec, targets_of(shapes, spec.lora)) + _besides(shapes, spec)
-
-
-def _adapter(shapes: Shapes, spec: JobSpec, targets: Sequence[Target]) -> int:
-    each = sum(
-        t.rank * (t.matrix.inputs + t.matrix.outputs) + (t.matrix.outputs if spec.lora.use_dora else 0) for t in targets
-    )
-    return each * shapes.layers
-
-
-def _besides(shapes: Shapes, spec: JobSpec) -> int:
-    """Embeddings and head where they train whole, rows of new tokens, biases."""
-    lora, table = spec.lora, shapes.vocabulary * shapes.width
-    whole = sum(table for name in lora.modules_to_save if name.rsplit(".", 1)[-1] in _TABLES)
-    biases = sum(m.outputs for m in shapes.matrices if m.bias) * shapes.layers if lora.bias != "none" else 0
-    return whole + len(lora.new_tokens) * shapes.width + biases
-
-
-_TABLES = ("lm_head", "embed_tokens", "wte", "embed_out")
-
-
 def _trained(shapes: Shapes, spec: JobSpec, here: Setting, targets: Sequence[Target]) -> Iterator[Item]:
     for target in targets:
-        yield Item(f"adapter: {target.matrix.name}", _adapter(shapes, spec, [target]), 4)
-    yield Item("trained besides", _besides(shapes, spec), 4)
-    count = _adapter(shapes, spec, targets) + _besides(shapes, spec)
+        yield Item(f"adapter: {target.matrix.name}", adapter(shapes, spec.lora, [target]), 4)
+    yield Item("trained besides", besides(shapes, spec), 4)
+    count = adapter(shapes, spec.lora, targets) + besides(shapes, spec)
     yield Item("gradients", count, 4)
     if spec.training.optimizer == "adamw":
         yield Item("optimizer: two moments, float32", count, 8)
@@ -215,7 +196,7 @@ def _activations(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]
 def _at_the_head(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]:
     """At the end of the forward pass. Every token counts as trained: how many are is known only from the data."""
     yield Item("head: hidden states and their gradient", here.tokens, head_kept(shapes, here))
-    if shapes.family not in CHUNKED or head_trains(shapes, spec):
+    if shapes.family not in CHUNKED or head_trains(shapes, spec) or spec.training.kernels == "reference":
         # The model's own logits, in float32, their logarithms and the gradient of these.
         yield Item("head: logits of all tokens", here.tokens * shapes.vocabulary, 12 + (2 if here.width == 2 else 0))
         return
@@ -223,13 +204,6 @@ def _at_the_head(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]
     # float32, in 16 bits before or after, and the slope of a soft-cap.
     wide = 4 + (2 if here.width == 2 else 0) + (4 if shapes.softcap else 0)
     yield Item("head: logits of a chunk", rows * shapes.vocabulary, wide)
-
-
-def head_trains(shapes: Shapes, spec: JobSpec) -> bool:
-    """Whether the output head is trained, by itself or through embeddings that it is tied to."""
-    saved = {name.rsplit(".", 1)[-1] for name in spec.lora.modules_to_save}
-    tables = saved & {"embed_tokens", "wte"} or set(spec.lora.new_tokens)
-    return bool(saved & {"lm_head", "embed_out"} or (shapes.tied and tables))
 
 
 def _in_a_layer(shapes: Shapes, spec: JobSpec, here: Setting) -> Iterator[Item]:

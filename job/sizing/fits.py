@@ -1,10 +1,10 @@
 """Whether a spec fits a device, what to lower if not, and the arithmetic: lines for people. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from job.sizing.activations import Setting
+from job.sizing.activations import Setting, is_padded
 from job.sizing.estimate import GIB, Estimate, estimate, recomputes, setting_of
 from job.sizing.shapes import Shapes, UnknownFamily, read_config, shapes_of
 from job.spec import JobSpec
@@ -39,7 +39,10 @@ def told(shapes: Shapes, spec: JobSpec, room: int | None) -> Iterator[str]:
     what = "device memory (not measured on GPUs)" if here.device == "cuda" else "memory"
     yield f"{what} at the peak of training: {found.gib:.1f} GiB, for micro-batches of {here.tokens:,} tokens"
     yield from (f"  {line}" for line in found.table())
-    if room is not None and here.device == "cuda":
+    if found.missing:
+        names = ", ".join(found.missing)
+        yield f"not estimated: lora.modules_to_save: {names}: nobody here knows how large; all else is in the sum"
+    elif room is not None and here.device == "cuda":
         yield verdict(shapes, spec, found, room)
 
 
@@ -99,9 +102,15 @@ def _with(spec: JobSpec, change: str) -> JobSpec:
     return spec.model_copy(update={"training": training})
 
 
-def expected(folder: Path, spec: JobSpec, here: Setting) -> Estimate | None:
-    """The estimate for a run that knows its device and its rows; None for a family that is not known."""
+def expected(folder: Path, spec: JobSpec, here: Callable[[bool], Setting]) -> Estimate | None:
+    """The estimate for a run that knows its device and its rows; None where the model or a part of it is not known.
+
+    Args:
+        here: the setting, given whether rows lie side by side, padded.
+    """
     try:
-        return estimate(shapes_of(read_config(folder) or {}), spec, here)
+        shapes = shapes_of(read_config(folder) or {})
     except UnknownFamily:
         return None
+    found = estimate(shapes, spec, here(is_padded(shapes, spec)))
+    return None if found.missing else found

@@ -68,6 +68,13 @@ class Shapes:
     """The base's own, on in training."""
     softcap: bool = False
     """Logits pass through a soft-cap."""
+    bounded: bool = False
+    """So do attention scores."""
+    eager: bool = False
+    """Attention is made of torch's plain operators, with all scores of a row: where they are bounded, or in models that
+    transformers gives nothing better."""
+    padded: bool = False
+    """Rows cannot lie one behind the other (``job.training.apart``)."""
 
     @property
     def queries(self) -> int:
@@ -179,9 +186,10 @@ def _gemma(config: Mapping[str, Any]) -> Shapes:
 
 def _gemma2(config: Mapping[str, Any]) -> Shapes:
     shape = _gemma(config)
-    return replace(
-        shape, vectors=4 * shape.width, norms=4, softcap=config.get("final_logit_softcapping", 30.0) is not None
-    )
+    bounded = config.get("attn_logit_softcapping", 50.0) is not None
+    softcap = config.get("final_logit_softcapping", 30.0) is not None
+    shape = replace(shape, vectors=4 * shape.width, norms=4, softcap=softcap)
+    return replace(shape, bounded=bounded, eager=bounded, padded=bounded)
 
 
 def _gemma3(config: Mapping[str, Any]) -> Shapes:

@@ -265,9 +265,13 @@ def _write_performance(worker: Worker, loop: Loop, choice: dict[str, str], needs
 def _expected(worker: Worker, order: Order, model: Path) -> Estimate | None:
     """What the training should hold at its peak, provided for; None for a family whose sizes nobody knows."""
     place, lengths, training = worker.placement, worker.data.train.lengths, worker.spec.training
-    group = costliest(lengths, order, training.micro_batch_size * training.max_length, padded=False)
-    tokens, longest = int(lengths[group].sum()), int(lengths[group].max())
-    here = Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
+
+    def here(padded: bool) -> Setting:
+        group = lengths[costliest(lengths, order, training.micro_batch_size * training.max_length, padded)]
+        longest = int(group.max())
+        tokens = longest * len(group) if padded else int(group.sum())
+        return Setting(place.device.type, place.precision.itemsize, tokens, longest, place.world)
+
     needs = expected(model, worker.spec, here)
     if needs is not None and place.device.type == "cpu" and be_frugal(needs.bytes, available_bytes()):
         log.info("memory is scarce (%.1f GiB expected): freed blocks are given back at once", needs.gib)

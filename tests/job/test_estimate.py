@@ -12,15 +12,19 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from job.sizing.activations import Setting, is_padded
 from job.sizing.built import built, memory_of
-from job.sizing.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of, trained_parameters
-from job.sizing.fits import lines_of, remedy, verdict
+from job.sizing.estimate import CHUNK_BYTES, CHUNKED, GIB, estimate, setting_of
+from job.sizing.fits import expected, lines_of, remedy, verdict
 from job.sizing.shapes import _FAMILIES, UnknownFamily, shapes_of
+from job.sizing.trained import head_trains, trained_parameters
 from job.spec import JobSpec, read
-from job.training import head, memory
+from job.training import head, memory, sharded
 from job.training.adapter import add_adapter
-from job.training.kernels import PaddingFree, chunked_head
+from job.training.attention import UnsupportedModel
+from job.training.kernels import PaddingFree, Reference, chunked_head
 from job.training.loop import Loop, make_optimizer
+from job.training.new_tokens import Tokens
 from job.training.order import Order
 from launcher.memory import room_of
 from launcher.profile import read as read_profile
@@ -91,8 +95,15 @@ def test_published_models_have_the_size_they_are_known_for(config: dict[str, Any
         {"r": 4, "use_dora": True},
         {"r": 4, "rank_pattern": {"down_proj": 16}},
         {"r": 4, "modules_to_save": ["lm_head"]},
+        {"r": 4, "modules_to_save": ["mlp"]},
+        {"r": 4, "modules_to_save": ["down_proj", "input_layernorm"]},
+        {"r": 4, "modules_to_save": ["self_attn", "norm", "embed_tokens"]},
+        {"r": 4, "modules_to_save": ["layers.1.mlp"], "target_modules": ["q_proj"]},
+        {"r": 4, "bias": "all"},
+        {"r": 4, "bias": "lora_only", "target_modules": ["q_proj"]},
+        {"r": 4, "bias": "all", "modules_to_save": ["k_proj"]},
     ],
-    ids=lambda lora: ",".join(lora),
+    ids=lambda lora: ",".join(f"{key} {value}" for key, value in lora.items()),
 )
 def test_what_trains_is_counted_as_peft_makes_it(lora: dict[str, Any]) -> None:  # T48
     spec, config = made_spec(lora=lora), config_of("qwen2")
@@ -118,6 +129,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2, its own dropout": ("gpt2", {}, {}),
     "phi, whole logits": ("phi", {}, {}),
     "two matrices": ("llama", {"lora": {"target_modules": ["q_proj", "v_proj"]}}, {}),
+    "gemma 2, bounded scores": ("gemma2", {}, {"max_length": 256}),
+    "gemma 2, recomputed": ("gemma2", {}, {"max_length": 256, "gradient_checkpointing": True}),
+    "gemma 2, bf16": ("gemma2", {}, {"max_length": 256, "gradient_checkpointing": True, "precision": "bfloat16"}),
+    "the reference": ("llama", {}, {"kernels": "reference", "max_length": 256}),
+    "the reference, recomputed": ("llama", {}, {"kernels": "reference", "gradient_checkpointing": True}),
+    "head saved": ("llama", {"lora": {"modules_to_save": ["lm_head"]}}, {}),
+    "MLPs saved": ("llama", {"lora": {"modules_to_save": ["mlp"]}}, {}),
+    "attention saved, recomputed": (
+        "qwen3",
+        {"lora": {"modules_to_save": ["self_attn", "norm"]}},
+        {"gradient_checkpointing": True},
+    ),
+    "MLPs saved, bf16": ("llama", {"lora": {"modules_to_save": ["mlp"]}}, {"precision": "bfloat16"}),
 }
 
 
@@ -125,18 +149,21 @@ def loop_of(family: str, spec: JobSpec, quantised: bool = False) -> Loop:
     """A tiny model of the family and rows that fill the token budget twice a step."""
     config = config_of(family)
     precision = torch.bfloat16 if spec.training.precision == "bfloat16" else torch.float32
-    base = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation="sdpa")
+    attention = "eager" if family == "gemma2" else "sdpa"
+    base = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation=attention)
     if quantised:
         quantise(base)
     base.requires_grad_(False)
-    model = add_adapter(base, spec, replace(CPU, precision=precision))
-    chunked = chunked_head(model.get_base_model()) if family in CHUNKED else None
-    training = spec.training
+    model, training = add_adapter(base, spec, replace(CPU, precision=precision)), spec.training
+    shapes = shapes_of(config.to_dict())
+    whole = family not in CHUNKED or training.kernels == "reference" or head_trains(shapes, spec)
+    chunked = None if whole else chunked_head(model.get_base_model())
+    kernel = Reference(0, CPU.device, chunked) if is_padded(shapes, spec) else PaddingFree(CPU.device, chunked)
     rows = made_rows([training.max_length] * training.batch_size, 2000)
     order = Order(rows.sources, [1.0], training, "digest")
     optimizer = make_optimizer(model, training)
     place = replace(CPU, precision=precision)
-    return Loop(model, optimizer, rows, order, training, PaddingFree(CPU.device, chunked), place)
+    return Loop(model, optimizer, rows, order, training, kernel, place)
 
 
 def quantise(base: Any) -> None:
@@ -258,6 +285,78 @@ def test_ranks_that_share_the_base_hold_a_part_of_it() -> None:
     saved = whole.bytes - part.bytes
     layers = shapes.counts()["attention"] + shapes.counts()["mlp"]
     assert 0.8 * layers * 2 * 7 / 8 < saved < layers * 2
+
+
+@pytest.mark.parametrize(
+    ("lora", "whole"),
+    [
+        ({}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"new_tokens": ["<tool>"]}, True),
+        ({"modules_to_save": ["embed_tokens"]}, True),
+    ],
+    ids=["", "head saved", "new tokens", "embeddings saved"],
+)
+def test_ranks_share_the_embeddings_only_where_they_are_left_alone(
+    tiny_llama: Path, lora: dict[str, Any], whole: bool
+) -> None:
+    """As the sharing itself has it: `job.training.sharded` keeps on every rank what trains."""
+    config = json.loads((tiny_llama / "config.json").read_text(encoding="utf-8"))
+    shapes = shapes_of(config)
+    assert not shapes.tied
+    spec = gpu_spec(gpus=8, parallelism="shard").model_copy(update={"lora": made_spec(lora=lora).lora})
+    held = {item.kind: item.count for item in estimate(shapes, spec).items}["weights: embeddings"]
+    assert held == shapes.vocabulary * shapes.width / (1 if whole else 8)
+    tokens = Tokens((shapes.vocabulary - 1,), shapes.vocabulary) if "new_tokens" in lora else None
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+    model = add_adapter(base, spec, CPU, tokens)
+    assert (not sharded._loose_embedding(model.get_base_model())) is whole
+    assert trained_parameters(shapes, spec) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    chunked = True
+    try:
+        chunked_head(model.get_base_model())
+    except UnsupportedModel:
+        chunked = False
+    assert head_trains(shapes, spec) is not chunked
+
+
+def test_a_part_whose_size_nobody_knows_is_named_and_nothing_is_promised(tiny_llama: Path) -> None:
+    spec = made_spec(resources={"gpus": 1, "gpu_type": "l4"}, lora={"modules_to_save": ["rotary_emb", "mlp"]})
+    lines = list(lines_of(tiny_llama, spec, room=24 * GIB))
+    assert lines[-1].startswith("not estimated: lora.modules_to_save: rotary_emb: nobody here knows")
+    assert not any(line.startswith("fits") for line in lines)
+    assert any("trained besides" in line for line in lines)
+    assert expected(tiny_llama, spec, lambda padded: setting_of(spec)) is None
+    known = made_spec(resources={"gpus": 1, "gpu_type": "l4"}, lora={"modules_to_save": ["mlp"]})
+    assert list(lines_of(tiny_llama, known, room=24 * GIB))[-1].startswith("fits l4")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "padded", "eager"),
+    [
+        ("olmo2", {}, False, False),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, True, False),
+        ("bloom", {"n_layer": 3, "n_head": 8}, True, True),
+    ],
+)
+def test_a_family_that_is_built_is_padded_where_the_training_would_pad_it(
+    family: str, sizes: dict[str, Any], padded: bool, eager: bool, tmp_path: Path
+) -> None:
+    CONFIG_MAPPING[family](**SIZES | sizes).save_pretrained(tmp_path)
+    shapes = built(tmp_path)
+    assert (shapes.padded, shapes.eager) == (padded, eager)
+
+
+def test_a_run_that_pads_knows_its_costliest_micro_batch_as_padded(tiny_llama: Path) -> None:
+    seen: list[bool] = []
+
+    def here(padded: bool) -> Setting:
+        seen.append(padded)
+        return setting_of(made_spec())
+
+    for kernels in ("auto", "reference"):
+        expected(tiny_llama, made_spec(training={"kernels": kernels}), here)
+    assert seen == [False, True]
 
 
 def test_the_table_adds_up_and_the_record_too(tiny_llama: Path) -> None:
