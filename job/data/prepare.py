@@ -201,6 +201,8 @@ class Pass:
         found = [not_used(name, shape.unused) for name, shape in self.shapes.items() if shape.unused]
         if self.template is not None and counts.endings[""] and counts.ways.total() != counts.ways["plain text"]:
             found.append("the chat template ends answers without an end-of-turn token; the model may not learn to stop")
+        names = [source.uri for source in self.inputs.train]
+        found += [f"{name}: no row of it is trained on" for i, name in enumerate(names) if not counts.source_rows[i]]
         overlap = self.equal.in_evaluation()["also_in_train"]
         if overlap:
             found.append(f"{overlap} evaluation rows are trained on, too; the evaluation is too good by them")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from job.errors import IntegrityFailure, SpecInvalid
@@ -176,7 +177,9 @@ def test_stock_peft_loads_what_was_trained(  # T21, T33, T47
     config = read_json(tmp_path / "adapter_config.json")
     assert config["init_lora_weights"] is True  # another word would change the base where it is loaded
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", "0123abc")
-    assert config["r"] == (8 if lora in ("PiSSA", "OLoRA") else 4)
+    assert (config["r"], config["lora_alpha"]) == ((8, 16) if lora in ("PiSSA", "OLoRA") else (4, 8))
+    adapted_ = {name.rsplit(".", 1)[-1] for name, part in again.named_modules() if isinstance(part, LoraLayer)}
+    assert {name.rsplit(".", 1)[-1] for name in config["target_modules"]} == adapted_
 
 
 @pytest.mark.parametrize(

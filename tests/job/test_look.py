@@ -59,11 +59,11 @@ def test_samples_show_what_is_trained_and_only_where_they_are_asked_for(
 def test_a_hub_model_that_is_not_here_leaves_the_rows_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = tiny.write_rows(tmp_path / "toy.jsonl", tiny.numbered_rows(12))
-    assert main([str(spec(tmp_path, rows, "nobody/no-such-model"))]) == 0
+    rows = tiny.write_rows(tmp_path / "toy.jsonl", [{"note": "made by hand"}, *tiny.numbered_rows(12)])
+    assert main([str(spec(tmp_path, rows, "nobody/no-such-model", data={"max_bad_rows": 1}))]) == 0
     model, data, rest = capsys.readouterr().out.splitlines()
     assert "not in this machine's cache" in model
-    assert data == f"{rows}: 12 rows, prompt_completion (prompt, completion)"
+    assert data == f"{rows}: 12 rows, prompt_completion (prompt, completion); 1 left out"
     assert rest.startswith("not known without the model's tokenizer")
 
 

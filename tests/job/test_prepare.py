@@ -283,6 +283,12 @@ def test_a_tolerance_that_takes_every_row_names_the_first(run: Run) -> None:  # 
     assert "2 bad rows, the first: train.jsonl:1: unknown columns" in message
 
 
+def test_a_file_that_gives_nothing_is_warned_of(run: Run) -> None:
+    report = read_json(run({"a.jsonl": toy_rows(3), "b.jsonl": [{"x": "1"}]}, max_bad_rows=1).data_report)
+    assert report["warnings"] == ["b.jsonl: no row of it is trained on"]
+    assert report["bad_examples"][0].startswith("b.jsonl:1: unknown columns")
+
+
 def test_the_first_row_that_fits_says_the_shape(run: Run) -> None:
     rows = [{"note": "a secret"}, {}, *toy_rows(3)]
     workdir = run(rows, max_bad_rows=2)
@@ -489,7 +495,9 @@ def test_a_folder_that_is_no_model_is_refused(run: Run, tiny_llama: Path, tmp_pa
         ({"new_tokens": ["a"]}, "lora.new_tokens: the model's tokenizer knows 'a' already"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_with_the_data(run: Run, lora: dict[str, Any], words: str) -> None:  # T48
+def test_what_the_model_cannot_do_is_refused_with_the_data(
+    run: Run, lora: dict[str, Any], words: str
+) -> None:  # T20 T48
     assert words in refused(run(toy_rows(8), lora=lora), ExitCode.CONFIG)
 
 
