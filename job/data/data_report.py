@@ -32,7 +32,7 @@ def check_enough(train: Counts, evaluation: Counts, limits: Limits, data: Data, 
             "add rows, name evaluation data (data.eval), or set data.eval_split to 0"
         )
     why = [_dropped([train], limits)] if train.dropped else []
-    why += [f"{bad.kinds.total()} bad rows, the first: {bad.examples[0]}"] if bad.examples else []
+    why += [f"bad rows: {bad.kinds.total()}, the first: {bad.examples[0]}"] if bad.examples else []
     why += [f"{evaluation.kept} set aside for evaluation"] if evaluation.kept and not own else []
     advice = _ADVICE if train.dropped else "correct them, or name other data"
     raise DataInvalid(f"data.train: no row is left to train on ({'; '.join(why)}); {advice}")

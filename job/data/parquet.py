@@ -29,7 +29,7 @@ def read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=_BUFFER_BYTES) as file:
             names = _names(source, file)
-            wanted = [name for name in names if columns is None or name in columns] or names
+            wanted = [name for name in names if columns is None or name in columns]
             for group in range(file.num_row_groups):
                 size = _batch_rows(file.metadata.row_group(group))
                 for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
@@ -61,7 +61,8 @@ _UNREADABLE = (ValueError, OverflowError, KeyError)
 def _values(batch: Any) -> Iterator[dict[str, Any] | RowError]:
     """The rows of a batch; one by one where some value cannot be had."""
     try:
-        rows = batch.to_pylist()
+        # A batch without columns still has its rows.
+        rows = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
     except _UNREADABLE:
         rows = (_row(batch.slice(i, 1)) for i in range(batch.num_rows))
     for row in rows:

@@ -26,6 +26,5 @@ class Recogniser:
             self._unlike += 1
             if self._unlike > self._data.max_bad_rows:
                 raise
-        count = len(row.values)
-        problem = f"unknown columns: no known format has the {count} of this row; name yours with data.columns"
+        problem = f"unknown columns: no known format has those of this row ({len(row.values)}); see data.columns"
         return BadRow(row.source, row.number, "unknown columns", problem)

@@ -276,11 +276,11 @@ def test_a_tolerance_that_takes_every_row_names_the_first(run: Run) -> None:  # 
     rows = [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": " "}]
     message = refused(run(rows, max_bad_rows=5), ExitCode.DATA)
     assert message == (
-        "data.train: no row is left to train on (2 bad rows, the first: train.jsonl:1: not text: column 'completion' "
+        "data.train: no row is left to train on (bad rows: 2, the first: train.jsonl:1: not text: column 'completion' "
         "is null; text is needed); correct them, or name other data"
     )
     message = refused(run([{"a": "1"}, {"b": "2"}], max_bad_rows=5), ExitCode.DATA)
-    assert "2 bad rows, the first: train.jsonl:1: unknown columns" in message
+    assert "bad rows: 2, the first: train.jsonl:1: unknown columns" in message
 
 
 def test_a_file_that_gives_nothing_is_warned_of(run: Run) -> None:
@@ -325,6 +325,9 @@ def test_a_parquet_column_that_nobody_uses_may_hold_anything(run: Run) -> None: 
     prepare.main([str(workdir.root)])
     assert len(loaded(workdir).train) == 3
     assert read_json(workdir.data_report)["unused_columns"] == {"a.parquet": ["when"]}
+    pyarrow.parquet.write_table(pa.table({"when": late}), path)
+    prepare.main([str(workdir.root)])
+    assert outcome(workdir)[1].startswith("a.parquet:1: no known format has the columns 'when'")
 
 
 def test_a_column_that_the_first_row_lacks_is_not_lost(run: Run) -> None:
