@@ -220,8 +220,11 @@ def results(arguments: argparse.Namespace) -> int:
 def cancel(arguments: argparse.Namespace) -> int:
     """Ends a run; what it committed is kept."""
     run = _door(arguments).cancel(arguments.run)
-    kept = run.output or "its output"
-    say(f"{run.id}: cancelled; what was committed is kept below {kept}, and submitting it again goes on from there")
+    if run.is_schedule:
+        say(f"{run.job}: the schedule is gone, and its fires' Jobs with it; what they committed is kept")
+    else:
+        kept = run.output or "its output"
+        say(f"{run.id}: cancelled; what was committed is kept below {kept}, and submitting it again goes on from there")
     _print(arguments, {"run": run.id, "job": run.job, "state": "cancelled", "output": run.output}, "")
     return Code.OK
 

@@ -36,7 +36,9 @@ def test_the_file_of_a_spec_means_what_that_spec_makes(kit: Kit, verb: tuple[str
     job = kit.submitted(spec)
     assert "no run run on a schedule" in kit.cli(verb[0], schedule, *verb[1:]).err
     kit.submitted(schedule)
-    assert kit.cli(verb[0], schedule, *verb[1:]).code == Code.OK
+    said = kit.cli(verb[0], schedule, *verb[1:])
+    assert said.code == Code.OK
+    assert ("run: the schedule is gone" if verb[0] == "cancel" else "deleted CronJob/run") in said.err
     assert (kit.objects.names("jobs"), kit.objects.names("cronjobs")) == ([job], [])
     assert kit.cli(verb[0], spec, *verb[1:]).code == Code.OK
     kit.submitted(schedule)
