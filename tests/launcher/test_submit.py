@@ -105,6 +105,15 @@ def test_ctrl_c_while_the_first_pod_is_awaited_names_the_run_and_the_way_back(
     assert f"tunejob cancel{option} {job[:-9]} ends it" in last
 
 
+def test_on_a_terminal_the_way_back_stands_on_a_line_of_its_own(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(submit, "_await_first_pod", interrupted)
+    assert "\n\ninterrupted; what was made goes on." in kit.cli("submit", kit.spec()).err
+
+
 def test_commands_that_a_failure_names_ask_the_cluster_that_was_asked(kit: Kit) -> None:
     said = kit.cli("status", "absent", "-p", "tunejob.profile.yaml")
     assert "tunejob list -p tunejob.profile.yaml shows those" in said.err
