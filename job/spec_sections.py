@@ -218,7 +218,8 @@ class Training(Section):
     min_lr: float = Field(0.0, ge=0)
     """Where the course ends, a step after the last; below `learning_rate`. Without effect on `constant`."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """`adamw`: torch's, states in fp32. `paged_adamw_8bit`: bitsandbytes', states in 8 bits that may leave the GPU."""
+    """`adamw`: torch's, states in fp32. `paged_adamw_8bit`: bitsandbytes', states in 8 bits that may leave the GPU; it
+    makes the host wait for the device once a step."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """Decoupled weight decay (arXiv:1711.05101) on the adapter's matrices."""
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)

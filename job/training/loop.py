@@ -320,7 +320,8 @@ class Loop:
 def step_unless(bad: Tensor, optimizer: Optimizer) -> None:
     """Steps, unless ``bad`` (a bool scalar on the device) is true: then weights and optimizer states stay as they are.
 
-    torch's fused optimizers decide it on the device. bitsandbytes' cannot: with them the host waits for the answer.
+    torch's fused optimizers decide it on the device. bitsandbytes' cannot: with them the host waits for the answer. To
+    put weights and states back afterwards would not be the same: they count their steps on the host.
     """
     if optimizer.defaults.get("fused"):
         gated: Any = optimizer

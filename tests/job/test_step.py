@@ -1,4 +1,4 @@
-"""A step waits for nothing, applies nothing that is not finite, and goes on with less where memory runs out."""
+"""A step applies nothing that is not finite, and goes on with less where memory runs out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.errors import Diverged
 from job.training.kernels import PaddingFree, Reference
@@ -17,56 +16,10 @@ from tests.job.made import CPU, made_spec
 from tests.job.test_loop import LENGTHS, adapter_of, assert_equal, loop_of, losses_of
 from tests.job.tiny import BASES
 
-_WAITS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten._unique2.default,
-}
-"""Operations for whose result the host waits: a number, or a shape that depends on values."""
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        boolean = func is torch.ops.aten.index.Tensor and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if func in _WAITS or boolean:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
 
 @pytest.fixture(params=BASES)
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_host_waits_for_nothing_inside_a_step(folder: Path, recompute: bool) -> None:
-    training = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 4, "gradient_checkpointing": recompute}
-    loop = loop_of(folder, made_spec(training=training, lora={"dropout": 0.1}))
-    steps = loop.run(lambda: False, reads=lambda step: False)
-    next(steps)  # the optimizer makes its states
-    with Waits() as seen:
-        loop._step(1, False)
-    # The figures of the step before are read once the next one is on its way.
-    assert seen.found == []
-    assert loop.progress.step == 2
-
-
-def test_the_measure_of_waiting_would_have_seen_one() -> None:
-    with Waits() as seen:
-        values = torch.arange(4)
-        values[values > 1].sum().item()
-    assert len(seen.found) >= 2
 
 
 def test_figures_that_are_read_late_are_the_same(tiny_llama: Path) -> None:
