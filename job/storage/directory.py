@@ -1,7 +1,6 @@
 """A store that is a folder of this machine, or one mounted here."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -147,6 +146,8 @@ class DirectoryStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Only one process of those that see this folder is inside. The kernel lets go of it when a process dies."""
+        import fcntl  # POSIX alone has it, and a folder is read elsewhere too
+
         path = self.root / _LOCK
         make_folder(path.parent)
         deadline = time.monotonic() + LOCK_SECONDS
