@@ -42,7 +42,7 @@ class Shape:
     seen: tuple[str, ...] = ()
     """Those of them that the first row has."""
     unused: tuple[str, ...] = ()
-    """The other columns that it has."""
+    """The other columns that it has, and keys of its messages (``messages[].train``) that nothing is read from."""
 
     def __str__(self) -> str:
         return f"{self.format} ({', '.join(self.seen)})"

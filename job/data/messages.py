@@ -30,6 +30,7 @@ _NEXT = {
 }
 """Which roles may follow a role; "" is the beginning."""
 _KEPT = ("name", "tool_call_id")
+_READ = {"role", "content", "from", "value", "tool_calls", "reasoning_content", "weight", *_KEPT}
 
 
 def messages_of(items: Any, column: str, system: str = "") -> tuple[Message, ...]:
@@ -49,6 +50,12 @@ def messages_of(items: Any, column: str, system: str = "") -> tuple[Message, ...
         messages.insert(0, {"role": "system", "content": system})
     _check_order(messages, column)
     return tuple(messages)
+
+
+def unread(items: Any) -> list[str]:
+    """Keys of messages that nothing is read from, such as other programs' ways to say what is trained."""
+    found = items if isinstance(items, list) else []
+    return list(dict.fromkeys(key for item in found if isinstance(item, Mapping) for key in item if key not in _READ))
 
 
 def tools_of(value: Any, where: str) -> tuple[Tool, ...]:

@@ -1,6 +1,9 @@
 """The shape of a file's rows: that of the first row with the columns of one."""
 
+from dataclasses import replace
+
 from job.data.formats import Shape, recognise
+from job.data.messages import unread
 from job.data.rows import BadRow, Row
 from job.errors import DataInvalid
 from job.spec_sections import Data
@@ -21,10 +24,14 @@ class Recogniser:
             SpecInvalid: ``data.columns`` names parts that do not go together.
         """
         try:
-            return recognise(row.values, self._data.format, self._named, row.origin)
+            shape = recognise(row.values, self._data.format, self._named, row.origin)
         except DataInvalid:
             self._unlike += 1
             if self._unlike > self._data.max_bad_rows:
                 raise
+        else:
+            column = shape.columns.get("messages", "")
+            inside = tuple(f"{column}[].{key}" for key in unread(row.values.get(column)))
+            return replace(shape, unused=shape.unused + inside)
         problem = f"unknown columns: no known format has those of this row ({len(row.values)}); see data.columns"
         return BadRow(row.source, row.number, "unknown columns", problem)

@@ -186,7 +186,7 @@ def save_generation(model: Any, end_ids: Sequence[int], folder: Path) -> None:
     Where to stop was learnt with the rest; the base's own word for it may be another token.
     """
     found = model.generation_config.to_diff_dict() | {"eos_token_id": list(end_ids)}
-    found.pop("_from_model_config", None)  # transformers would take the base's tokens instead
+    found.pop("_from_model_config", None)  # with it, older transformers take the tokens in config.json instead
     (folder / GENERATION_CONFIG).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

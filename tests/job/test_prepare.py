@@ -306,6 +306,13 @@ def test_a_system_column_beside_messages_is_read(run: Run) -> None:
     assert "Be brief." in tokenizer_of(workdir).decode(loaded(workdir).train.tokens(0))
 
 
+def test_keys_of_messages_that_are_not_used_are_named(run: Run) -> None:
+    """Such as another program's word for what is not trained: ours is ``weight``."""
+    row = toy_messages(1)[0]
+    row["messages"][1] |= {"train": False, "name": "bot", "weight": 1}
+    assert read_json(run([row]).data_report)["warnings"] == ["train.jsonl: not used: 'messages[].train'"]
+
+
 def test_columns_that_are_not_used_are_named_once(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"id": i, **row, "history": [["q", "a"]]} for i, row in enumerate(toy_rows(4))]
     with caplog.at_level("INFO", logger="job.data.prepare"):
