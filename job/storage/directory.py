@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,9 @@ from job.storage.store import (
     make_folder,
     translated,
 )
+
+with suppress(ModuleNotFoundError):  # POSIX alone has it, for writing; a folder is read elsewhere too
+    import fcntl
 
 CHUNK_BYTES = 4 << 20
 LOCK_SECONDS = 30.0
@@ -146,8 +149,6 @@ class DirectoryStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Only one process of those that see this folder is inside. The kernel lets go of it when a process dies."""
-        import fcntl  # POSIX alone has it, and a folder is read elsewhere too
-
         path = self.root / _LOCK
         make_folder(path.parent)
         deadline = time.monotonic() + LOCK_SECONDS
