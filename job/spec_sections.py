@@ -85,7 +85,7 @@ class Data(Section):
     """Share of the training rows set aside for evaluation, by a hash of each row's content: adding rows moves no other
     row, and equal rows stay on one side. Not together with `eval`."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
-    """Shape of the rows. Left out: recognised by the columns of the first row."""
+    """Shape of the rows. Left out: recognised by the columns of the first row that fits one."""
     columns: Columns = Columns()
     """Names of the columns, where they differ from the format's own."""
     chat_template: str | None = None
