@@ -185,8 +185,9 @@ def save_generation(model: Any, end_ids: Sequence[int], folder: Path) -> None:
 
     Where to stop was learnt with the rest; the base's own word for it may be another token.
     """
-    found = model.generation_config.to_diff_dict() | {"eos_token_id": list(end_ids)}
-    found.pop("_from_model_config", None)  # with it, older transformers take the tokens in config.json instead
+    # Without the word that it was made from config.json: older transformers would then ask that for the tokens.
+    own = json.loads(model.generation_config.to_json_string(ignore_metadata=True))
+    found = own | {"eos_token_id": list(end_ids)}
     (folder / GENERATION_CONFIG).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
