@@ -16,8 +16,9 @@ import pytest
 from job.exits import pod_failure_policy
 from launcher.cluster import open_cluster
 from launcher.codes import Code, Deleted
+from launcher.find import by_name
 from launcher.logs import lines
-from launcher.runs import Run, find
+from launcher.runs import Run
 from launcher.stream import Line
 from launcher.watch import follow
 from tests.cluster.kit import Kit
@@ -112,7 +113,7 @@ def following(kit: Kit, name: str, server: str | None = None) -> Iterator[Follow
 
     def work() -> None:
         try:
-            found.run = follow(cluster, find(cluster, name), found.said.append, found.shown.append)
+            found.run = follow(cluster, by_name(cluster, name), found.said.append, found.shown.append)
         except Exception as error:
             found.error = error
 
