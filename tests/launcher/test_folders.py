@@ -32,7 +32,7 @@ def stand(folder: Path, state: str) -> Path:
     return folder
 
 
-def test_the_default_folder_carries_method_and_time() -> None:
+def test_the_default_folder_carries_method_and_time() -> None:  # T28
     assert default_folder("lora", NOW) == Path("models/fine_tuned_models/lora_model_20250115_143022")
     assert settle("qlora", None, NOW, False, False) == (
         Path("models/fine_tuned_models/qlora_model_20250115_143022"),

@@ -117,7 +117,7 @@ def old(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Old:
     return Old(home, folder, said)
 
 
-def test_train_lora_leaves_every_file_of_the_page_in_a_dated_folder(old: Old) -> None:
+def test_train_lora_leaves_every_file_of_the_page_in_a_dated_folder(old: Old) -> None:  # T28
     assert re.fullmatch(r"lora_model_\d{8}_\d{6}", old.folder.name)
     assert [name for name in PAGE_FILES if not (old.folder / name).is_file()] == []
     assert not (old.folder / "quantization_config.json").exists()

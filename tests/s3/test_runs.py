@@ -181,7 +181,7 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
         pytest.param("publish", 2, marks=pytest.mark.full),
     ],
 )
-def test_asked_to_leave_while_bytes_move_it_leaves_in_time_and_loses_nothing(
+def test_asked_to_leave_while_bytes_move_it_leaves_in_time_and_loses_nothing(  # T27
     moment: str, ranks: int, straight: dict[str, Any], bucket: Bucket, proxy: Proxy
 ) -> None:
     begin, reached = MOMENTS[moment]
