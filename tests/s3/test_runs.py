@@ -177,7 +177,7 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
         pytest.param("pull", 2, marks=pytest.mark.full),
         pytest.param("upload", 1, marks=pytest.mark.full),
         ("upload", 2),
-        ("publish", 1),
+        pytest.param("publish", 1, marks=pytest.mark.full),
         pytest.param("publish", 2, marks=pytest.mark.full),
     ],
 )
