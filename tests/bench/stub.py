@@ -136,10 +136,10 @@ class Objects:
             self.put("pods", pod(name, has_ended=True))
 
     def is_running(self, pod_name: str) -> bool:
-        """Whether the Job of a pod has not ended."""
+        """Whether a pod is there and has not ended."""
         with self._lock:
             self._age()
-            return pod_name.removesuffix("-x1y2z") in self._ends
+            return self._held.get(("pods", pod_name), {}).get("status", {}).get("phase") == "Running"
 
 
 def pod(job: str, has_ended: bool = False) -> Manifest:
@@ -169,7 +169,7 @@ def serving(objects: Objects) -> Iterator[str]:
     """Yields the server's address while the block runs."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(objects))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

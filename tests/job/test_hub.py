@@ -112,7 +112,7 @@ def hub() -> Iterator[Hub]:
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfThisTest", (Handler,), {"hub": there}))
     there.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield there
     server.shutdown()
