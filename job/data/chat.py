@@ -59,7 +59,7 @@ class ChatTemplate:
     special: dict[str, Any]
     """Names and text of special tokens (``bos_token`` and so on) that the template may use."""
     control_tokens: tuple[str, ...]
-    """Special tokens of the tokenizer, longest first; one of them ends a turn."""
+    """Tokens that may end a turn, longest first: the special ones, and an ordinary one that this template ends with."""
     patched: tuple[str, ...] = ()
     """Templates with markers that write what this one, which has none, writes."""
 
@@ -150,6 +150,21 @@ class ChatTemplate:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise RowError("refused by the chat template", f"{self.name}: {reason}") from error
         return text, [span for span in spans[0] if span[0] < span[1]] if spans else []
+
+    def with_turn_end(self, added: Sequence[str]) -> "ChatTemplate":
+        """The same, knowing which of the tokenizer's added tokens it writes after an answer.
+
+        Some fine-tunes add theirs as an ordinary token. An answer may end with one, too (``</tool_call>``), so that it
+        is no sign by itself.
+        """
+        answer = _PROBE[-1]["content"].strip()
+        try:
+            text = self._run(self.text, _PROBE)[0]
+        except RowError:
+            return self
+        _, found, after = text.rpartition(answer)
+        ends = [token for token in added if found and after.lstrip().startswith(token)]
+        return replace(self, control_tokens=_longest_first({*self.control_tokens, *ends}))
 
     def with_patches(self) -> "ChatTemplate":
         """The same, knowing which of ``PATCHED`` write what it writes; those with markers of their own need none."""
@@ -258,10 +273,14 @@ def _template(name: str, text: str, tokenizer: Any) -> ChatTemplate:
         raise SpecInvalid(f"data.chat_template: {name} is not a valid template: {error}") from error
     # transformers turns functions among a template's variables into text; the compiled template is its own, cached.
     compiled.globals["strftime_now"] = _TODAY.strftime
-    control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    control |= set(tokenizer.all_special_tokens)
-    longest_first = tuple(sorted(control, key=lambda token: (-len(token), token)))
-    return ChatTemplate(name, text, dict(tokenizer.special_tokens_map), longest_first).with_patches()
+    added = tokenizer.added_tokens_decoder.values()
+    control = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    template = ChatTemplate(name, text, dict(tokenizer.special_tokens_map), _longest_first(control))
+    return template.with_turn_end([token.content for token in added]).with_patches()
+
+
+def _longest_first(tokens: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted(tokens, key=lambda token: (-len(token), token)))
 
 
 def _names() -> str:

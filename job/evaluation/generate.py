@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -111,5 +112,7 @@ def _generate(
             generation_config=settings,
             synced_gpus=is_shared(generator),
         )
-    texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    # What ends an answer may be an ordinary token, which decoding would leave in.
+    written = [list(takewhile(lambda token: token not in end_ids, line)) for line in output[:, longest:].tolist()]
+    texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
     return texts

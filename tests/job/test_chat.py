@@ -226,6 +226,18 @@ def test_the_named_qwen_template_drops_earlier_thoughts_too(tokenizer: Any) -> N
     assert runs(row, tokenizer) == [f"one{IM_END}", f"{thought}two{IM_END}"]
 
 
+@pytest.mark.parametrize("template", [CHATML, THINKING], ids=["chatml", "thinking"])
+def test_an_end_of_turn_may_be_an_ordinary_added_token(template: str) -> None:  # T7
+    ordinary = fast(tokenizer_of([EOS, BOS]))
+    ordinary.add_tokens([IM_START, IM_END, "</tool_call>"])
+    assert IM_END not in ordinary.all_special_tokens
+    example = conversation("a?", "one", "b?", "<tool_call>two</tool_call>")
+    rendered, row = encode(example, named("model", template, ordinary), ordinary)
+    assert rendered.ending == IM_END
+    assert rendered.answer.endswith("two</tool_call>")
+    assert runs(row, ordinary)[-1].endswith(f"two</tool_call>{IM_END}")
+
+
 STYLES = {
     "llama2": (
         "{%- for m in messages %}{%- if m['role'] == 'user' %}"

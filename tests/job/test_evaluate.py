@@ -169,12 +169,15 @@ def test_the_base_figures_are_of_the_untouched_base_even_when_biases_train(tiny_
     assert measure(model.get_base_model(), rows, PaddingFree(CPU.device), CPU, 100) == tuned != before
 
 
-def test_a_tuned_model_ends_its_answers_although_padding_and_end_are_one_token(tiny_gpt2: Path) -> None:
+@pytest.mark.parametrize("is_special", [True, False], ids=["special token", "ordinary token"])
+def test_a_tuned_model_ends_its_answers_although_padding_and_end_are_one_token(
+    tiny_gpt2: Path, is_special: bool
+) -> None:
     """T7: GPT-2 has one special token for all; trained on a few rows until it knows them, it must stop by itself."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if is_special else tokenizer("!")["input_ids"][0]
     pairs = [("apple?", " red"), ("lemon?", " yellow"), ("lime, what colour?", " green")]
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     answers = [tokenizer(answer)["input_ids"] + [end] for _, answer in pairs]
