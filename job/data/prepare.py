@@ -28,6 +28,7 @@ from job.data.tokenizing import open_tokenizer
 from job.exits import ExitCode
 from job.files import sealing, write_json
 from job.inputs import Input, Inputs, read_inputs
+from job.libraries import asks_much_of_the_model
 from job.spec import JobSpec, read
 from job.workdir import WorkDir
 
@@ -56,8 +57,7 @@ def prepare_into(folder: Path, spec: JobSpec, inputs: Inputs) -> dict[str, Any]:
     """
     tokenizer, limits = open_tokenizer(inputs.model, spec)
     template = chat.choose(spec.data.chat_template, tokenizer)
-    if _asks_much_of_the_model(spec):
-        # torch and peft take seconds to import, and most specs need no look at the model.
+    if asks_much_of_the_model(spec):  # else torch may not be at hand: see there
         from job.training.adapter import foreseen
         from job.training.model import check_targets
         from job.training.new_tokens import Tokens
@@ -67,20 +67,6 @@ def prepare_into(folder: Path, spec: JobSpec, inputs: Inputs) -> dict[str, Any]:
     pass_ = Pass(spec, inputs, template, tokenizer, limits, folder)
     pass_.run()
     return pass_.write()
-
-
-def _asks_much_of_the_model(spec: JobSpec) -> bool:
-    """Whether some models cannot do what is asked; any can be adapted in all its linear layers."""
-    lora = spec.lora
-    names = lora.target_modules != "all-linear" or lora.modules_to_save or lora.new_tokens
-    return bool(
-        names
-        or lora.rank_pattern
-        or lora.alpha_pattern
-        or lora.begins_with_parts
-        or spec.quantized is not None
-        or spec.output.serve_with is not None
-    )
 
 
 def _tokens(spec: JobSpec, tokenizer: Any) -> dict[str, Any]:

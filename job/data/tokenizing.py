@@ -1,6 +1,7 @@
 """The base model's tokenizer, and what its config says of the rows a model can take. No weights are read."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from job.data.row_writer import Limits
@@ -18,10 +19,11 @@ def open_tokenizer(model: Input, spec: JobSpec) -> tuple[Any, Limits]:
 
     Raises:
         InputMissing: there is no config.json.
-        SpecInvalid: config or tokenizer cannot be used, rows are to be longer than the model's positions, or a token
-            is not new.
+        SpecInvalid: config or tokenizer cannot be used, transformers does not know the model, rows are to be longer
+            than the model's positions, or a token is not new.
     """
     config = _model_config(model)
+    known_config(model.path, spec.model.name)
     _check_length(spec.training.max_length, config)
     tokenizer = _tokenizer(model)
     vocabulary = _vocabulary(config)
@@ -29,6 +31,17 @@ def open_tokenizer(model: Input, spec: JobSpec) -> tuple[Any, Limits]:
         _add_tokens(tokenizer, spec.lora.new_tokens)
         vocabulary = max(vocabulary or 0, len(tokenizer))  # the worker makes room for them
     return tokenizer, Limits(spec.training.max_length, spec.training.long_rows, vocabulary)
+
+
+def known_config(folder: Path, name: str) -> Any:
+    """The model's config, as transformers has it. Raises SpecInvalid where it knows no such model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise SpecInvalid(f"model {name}: transformers does not know what config.json describes ({words})") from error
 
 
 def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:

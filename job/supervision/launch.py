@@ -13,13 +13,14 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.child import SUPERVISOR
+from job.libraries import UNUSED
 from job.process import this_process
 from job.workdir import WorkDir
 
@@ -180,20 +181,40 @@ def _environment(workdir: Path, **extra: str) -> dict[str, str]:
     return _UNLESS_SET | kept | _QUIET | {"PYTHONSAFEPATH": "1", SUPERVISOR: json.dumps(asdict(this_process()))} | extra
 
 
-def python_child(module: str, workdir: Path, on_line: Callable[[str], None]) -> Child:
-    """``python -m MODULE WORKDIR`` of this interpreter."""
-    return Child([sys.executable, "-m", module, str(workdir)], _environment(workdir), on_line)
+def python_child(module: str, workdir: Path, on_line: Callable[[str], None], unused: Collection[str] = ()) -> Child:
+    """``python -m MODULE WORKDIR`` of this interpreter.
+
+    Args:
+        unused: libraries that it is kept from importing (``job.libraries``).
+    """
+    environment = _environment(workdir, **{UNUSED: " ".join(unused)})
+    return Child([sys.executable, "-m", module, str(workdir)], environment, on_line)
 
 
-def ranks_child(workdir: Path, ranks: int, gpus: bool, grace_seconds: int, on_line: Callable[[str], None]) -> Child:
-    """``accelerate launch`` of the worker, one process per rank on this machine."""
+def ranks_child(
+    workdir: Path,
+    ranks: int,
+    gpus: bool,
+    grace_seconds: int,
+    on_line: Callable[[str], None],
+    unused: Collection[str] = (),
+) -> Child:
+    """``accelerate launch`` of the worker, one process per rank on this machine.
+
+    Args:
+        unused: libraries that the ranks are kept from importing (``job.libraries``).
+    """
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if not threads.isdigit() or threads == "0":
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     flags = f"--quiet --num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split()]
     command += ["--num_cpu_threads_per_process", threads]
-    extra = {"TUNEJOB_RANKS": str(ranks), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(5, grace_seconds - 10))}
+    extra = {
+        UNUSED: " ".join(unused),
+        "TUNEJOB_RANKS": str(ranks),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(5, grace_seconds - 10)),
+    }
     if ranks > 1:
         command += ["--multi_gpu", "--main_process_port", "0"]
     if not gpus:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from job.errors import (
 from job.exits import EXITS, ExitCode, JobReaction
 from job.files import read_json, write_json
 from job.inputs import write_inputs
+from job.libraries import unused_to_prepare, unused_to_train
 from job.outcome import as_foreseen
 from job.spec import JobSpec, digest, dump
 from job.storage import transfer
@@ -144,7 +145,7 @@ class Attempt:
         with self._phase("worker"):
             self._work()
         with self._phase("verify"):
-            self._attend(launch.python_child("job.evaluation.verify", self.workdir.root, log.info), ["verify"])
+            self._attend(self._child_of("job.evaluation.verify", unused_to_train(self.spec)), ["verify"])
         with self._phase("publish"):
             self._publish(store)
 
@@ -317,7 +318,7 @@ class Attempt:
         if origin is not None:
             log.info("the rows are those an earlier attempt prepared, kept by %s", origin)
         else:
-            self._attend(launch.python_child("job.data.prepare", self.workdir.root, log.info), ["prepare"])
+            self._attend(self._child_of("job.data.prepare", unused_to_prepare(self.spec)), ["prepare"])
         self._cache.keep_here(self.workdir.prepared)
         self._courier.send_aside("prepared rows", self._cache.send)
 
@@ -326,7 +327,8 @@ class Attempt:
         cpu_ranks = os.environ.get(CPU_RANKS, "")
         ranks = gpus or (int(cpu_ranks) if cpu_ranks.isdigit() else 1) or 1
         grace = self.spec.resources.grace_seconds
-        child = launch.ranks_child(self.workdir.root, ranks, bool(gpus), grace, log.info)
+        unused = unused_to_train(self.spec)
+        child = launch.ranks_child(self.workdir.root, ranks, bool(gpus), grace, log.info, unused)
         processes = [f"rank-{rank}" for rank in range(ranks)]
         try:
             self._attend(child, processes, trains=True)
@@ -350,6 +352,9 @@ class Attempt:
             self._unsent = error
         finally:
             self._merge_committed()
+
+    def _child_of(self, module: str, unused: Collection[str]) -> launch.Child:
+        return launch.python_child(module, self.workdir.root, log.info, unused)
 
     def _attend(self, child: launch.Child, processes: list[str], *, trains: bool = False) -> None:
         self._child = child

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from job.data.tokenizing import known_config
 from job.errors import IntegrityFailure, SpecInvalid
 from job.layout import QUANTIZATION_CONFIG
 from job.spec import JobSpec
@@ -30,7 +31,7 @@ BASE_DTYPE = "base_dtype"
 
 def empty(folder: Path, name: str) -> Any:
     """The model without weights. Raises SpecInvalid where transformers knows no such model."""
-    config = _config(folder, name)
+    config = known_config(folder, name)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()  # what replaced the weights took no notice of ties
@@ -76,15 +77,6 @@ def quantization_config(spec: JobSpec, precision: torch.dtype) -> BitsAndBytesCo
     )
 
 
-def _config(folder: Path, name: str) -> Any:
-    """The model's config. Raises SpecInvalid where transformers knows no such model."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise SpecInvalid(f"model {name}: transformers does not know what config.json describes ({words})") from error
-
-
 def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
     """The frozen base on this rank's device, in its precision or in 4 bits.
 
@@ -92,7 +84,7 @@ def load_base(folder: Path, spec: JobSpec, placement: Placement) -> nn.Module:
         SpecInvalid: pickled weights that torch's restricted unpickler refuses.
         IntegrityFailure: weights that cannot be read, or do not fit the model's config.
     """
-    _config(folder, spec.model.name)
+    known_config(folder, spec.model.name)
     quantization = quantization_config(spec, placement.precision)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
