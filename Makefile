@@ -52,7 +52,7 @@ run: $(READY) models/SmolLM2-135M-Instruct  ## train the quickstart and print ba
 	$(BIN)/tunejob train configs/quickstart.yaml
 
 test: $(READY)  ## the tests; the summary says what was skipped and why
-	$(TEST) -n 2 --dist worksteal -m 'not slow and not full and not others and not image and not cluster and not gpu_fake'
+	$(TEST) -n 2 --dist worksteal -m 'not slow and not full and not others and not image and not cluster and not gpu_fake' --durations=15
 
 test-full: $(READY)  ## whole runs interrupted at every moment and by every signal; `make test` has the shorter ones
 	$(TEST) -n 2 --dist worksteal -m 'full and not cluster'
@@ -85,7 +85,7 @@ test-image: $(READY)  ## the tests of the image that `make image` built, and of 
 	TUNEJOB_TEST_IMAGE=$(IMAGE) TUNEJOB_TEST_WHEELS='$(WHEELS)' $(TEST) -m image tests/image
 
 test-cluster: $(READY) models/SmolLM2-135M-Instruct  ## the tests on a real cluster that CI runs (CONTRIBUTING.md)
-	$(TEST) -n 2 --dist loadfile -m 'cluster and not full' --durations=15
+	$(TEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'cluster and not full' --durations=15
 
 test-cluster-full: $(READY) models/SmolLM2-135M-Instruct  ## all of them, with faults that take minutes
 	$(TEST) -m cluster

@@ -67,7 +67,7 @@ MOMENTS: dict[str, Callable[[Pod, Path], bool]] = {
 }
 
 
-CHOSEN = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2), ("evaluate", 1), ("verify", 1))
+CHOSEN = (("load", 1), ("a step", 2), ("a checkpoint being sealed", 2))
 """Of the moments that take long these are tried on every change, all others in the full tier."""
 QUICK = ("the start", "prepare")
 

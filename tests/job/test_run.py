@@ -193,6 +193,21 @@ def test_asked_to_leave_after_training_the_next_attempt_trains_nothing(  # T27
     assert run.adapter() == straight.adapter()
 
 
+def test_nothing_is_begun_that_the_budget_does_not_allow(straight: Run, tmp_path: Path) -> None:
+    run = same_but_elsewhere(straight, tmp_path)
+    shutil.copytree(straight.folder, run.folder)
+    (run.folder / "run/manifest.json").unlink()
+    spent = read_json(run.folder / "run/attempts/000001.json")["seconds"]
+    run.spec = tmp_path / "run.yaml"
+    run.spec.write_text(f"{straight.spec.read_text()}resources: {{budget: {spent / 7200:.6f}}}\n")
+    code, said = run.attempt()
+    assert code == 94, said
+    assert "resources.budget" in said
+    assert "checkpoint is of step 60" in said
+    assert "going on from" not in said
+
+
+@pytest.mark.full
 def test_a_budget_ends_the_run_with_a_checkpoint_and_is_kept_over_attempts(straight: Run, tmp_path: Path) -> None:
     run = same_but_elsewhere(straight, tmp_path)
     run.spec = tmp_path / "run.yaml"
@@ -255,9 +270,11 @@ def test_an_output_in_use_is_refused(straight: Run, tmp_path: Path) -> None:
     assert ended(process)[0] == 143
 
 
+@pytest.mark.full
 def test_a_worker_killed_from_outside_is_a_lost_rank_and_never_an_interruption(  # T44
     straight: Run, tmp_path: Path
 ) -> None:
+    """As pid 1 it is tried on every change, in test_pid1.py."""
     run = same_but_elsewhere(straight, tmp_path)
     run.environment["TUNEJOB_CPU_RANKS"] = "2"
     process = run.start()
@@ -300,7 +317,7 @@ def test_two_ranks_train_what_one_trains(straight: Run, tiny_llama: Path, tmp_pa
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_qwen"])
+@pytest.mark.parametrize("kind", [pytest.param("tiny_gpt2", marks=pytest.mark.full), "tiny_qwen"])
 def test_qlora_trains_on_the_cpu_evaluates_and_goes_on(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_training_config_fed_back_repeats_the_run_to_the_byte(old: Old) -> None:
     assert (old.home / "again" / name).read_bytes() == (old.folder / name).read_bytes()
 
 
+@pytest.mark.full
 def test_train_qlora_reads_the_flat_file_and_its_printed_lines_load_the_adapter(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

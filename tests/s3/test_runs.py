@@ -173,10 +173,10 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
 @pytest.mark.parametrize(
     ("moment", "ranks"),
     [
-        ("pull", 1),
+        pytest.param("pull", 1, marks=pytest.mark.full),
         pytest.param("pull", 2, marks=pytest.mark.full),
-        pytest.param("upload", 1, marks=pytest.mark.full),
-        ("upload", 2),
+        ("upload", 1),
+        pytest.param("upload", 2, marks=pytest.mark.full),
         pytest.param("publish", 1, marks=pytest.mark.full),
         pytest.param("publish", 2, marks=pytest.mark.full),
     ],
@@ -287,6 +287,7 @@ def test_three_attempts_that_fail_alike_are_the_last_of_their_job(bucket: Bucket
     assert "Job toy" in pod.word["message"]
 
 
+@pytest.mark.full
 def test_credentials_that_may_not_write_are_refused_before_anything_is_pulled(bucket: Bucket, proxy: Proxy) -> None:
     pod = bucket.pod("refused", proxy, identity="reader")
     code, said = pod.attempt()
