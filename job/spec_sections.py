@@ -177,9 +177,19 @@ class Lora(Section):
 
     @field_validator("init")
     @classmethod
-    def _parts_of_plain_weights(cls, value: str, info: ValidationInfo) -> str:
+    def _goes_with_the_rest(cls, value: str, info: ValidationInfo) -> str:
         if value in _PARTS and info.data.get("use_dora"):
             raise ValueError(f"{value} cannot be converted to fit the untouched base with use_dora; choose one of both")
+        if value == "orthogonal" and info.data.get("r", 0) % 2:
+            raise ValueError(f"orthogonal needs an even rank, and r is {info.data['r']}; change r, or use gaussian")
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _even_for_orthogonal(cls, value: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        odd = next((f"{name} has {rank}" for name, rank in value.items() if rank % 2), None)
+        if odd and info.data.get("init") == "orthogonal":
+            raise ValueError(f"init: orthogonal needs even ranks, and {odd}; change it, or use init: gaussian")
         return value
 
 

@@ -128,8 +128,6 @@ def foreseen(folder: Path, spec: JobSpec, tokens: Tokens | None = None) -> dict[
 
 def _config(base: Any, spec: JobSpec, tokens: Tokens | None) -> LoraConfig:
     wanted = spec.lora
-    if wanted.init == "orthogonal" and any(rank % 2 for rank in (wanted.r, *wanted.rank_pattern.values())):
-        raise SpecInvalid("lora.init: orthogonal needs even ranks; change lora.r or lora.rank_pattern")
     targets, saved = _targets(base, spec), _saved(base, spec)
     names = _adapted(base, targets, saved)
     if not names and saved:

@@ -260,7 +260,6 @@ def test_ranks_and_scales_follow_the_patterns(tiny_llama: Path) -> None:
     [
         ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no layer that is adapted; they end in .*q_proj"),
         ({"alpha_pattern": {"(": 2}}, "no regular expression"),
-        ({"init": "orthogonal", "r": 3}, "even ranks"),
         ({"init": "pissa", "r": 100}, "100 directions of a matrix of 64"),
         ({"new_tokens": ["<x>"], "modules_to_save": ["embed_tokens"]}, "embed_tokens is among lora.modules_to_save"),
         ({"new_tokens": ["<x>"], "target_modules": ["lm_head"]}, "lm_head is among lora.target_modules"),

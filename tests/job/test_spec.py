@@ -124,6 +124,16 @@ PROBLEMS = {
         "6: lora",
         "init: orthogonal cannot go with method: qlora (PEFT would give the adapter the integer type",
     ),
+    "an odd rank that is to begin orthogonal": (
+        "lora: {r: 3, init: orthogonal}",
+        "5: lora.init",
+        "orthogonal needs an even rank, and r is 3; change r, or use gaussian",
+    ),
+    "an odd rank of one layer that is to begin orthogonal": (
+        "lora: {init: orthogonal, rank_pattern: {q_proj: 4, up_proj: 5}}",
+        "5: lora.rank_pattern",
+        "init: orthogonal needs even ranks, and up_proj has 5; change it, or use init: gaussian",
+    ),
     "two reasons of a quantised base": (
         "method: qlora\nlora: {init: pissa, bias: lora_only}",
         "6: lora",
