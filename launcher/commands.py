@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.codes import Code, Deleted, Detached, NoResult, RunFailed
+from launcher.codes import Code, Deleted, Detached, NoResult, Refused, RunFailed
 from launcher.terminal import fit, named, say, show
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def delete(arguments: argparse.Namespace) -> int:
     """Takes a run off the cluster, after asking."""
     door = _door(arguments)
     what = door.doomed(arguments.run, arguments.data)
-    if not arguments.yes and not _agreed(f"in namespace {door.cluster.namespace}, delete {what}? [y/N] "):
+    if not arguments.yes and not _agreed(f"in namespace {door.cluster.namespace}, delete {what}?"):
         say("nothing was deleted")
         return Code.OK
     gone = door.take_away(what)
@@ -256,10 +256,10 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _agreed(question: str) -> bool:
+    """The answer of a person. Raises Refused where there is none: a script is not to believe that it was done."""
     if not sys.stdin.isatty():
-        say("tunejob: nobody to ask; --yes answers the question")
-        return False
-    print(fit(question, sys.stderr), end="", file=sys.stderr, flush=True)
+        raise Refused(f"{question} Nobody is here to answer, and nothing was done; --yes answers")
+    print(fit(f"{question} [y/N] ", sys.stderr), end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

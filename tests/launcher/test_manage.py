@@ -163,6 +163,13 @@ def test_what_is_deleted_is_shown_before_it_is_asked_for(kit: Kit, monkeypatch: 
     assert kit.objects.names("jobs") == [job]
 
 
+def test_where_nobody_can_be_asked_nothing_is_deleted_and_the_code_says_so(kit: Kit) -> None:
+    job = kit.submitted(kit.spec())
+    said = kit.cli("delete", job)
+    assert (said.code, f"delete {job[:-9]} (running)" in said.err, "--yes" in said.err) == (Code.REFUSED, True, True)
+    assert kit.objects.names("jobs") == [job]
+
+
 class Answering:
     """A terminal at which somebody sits."""
 
