@@ -1,13 +1,13 @@
 """The base model's tokenizer, and what its config says of the rows a model can take. No weights are read."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from job.data.row_writer import Limits
 from job.errors import InputMissing, SpecInvalid
 from job.files import read_json
 from job.inputs import Input
+from job.modelconfig import known_config
 from job.spec import JobSpec
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
@@ -31,17 +31,6 @@ def open_tokenizer(model: Input, spec: JobSpec) -> tuple[Any, Limits]:
         _add_tokens(tokenizer, spec.lora.new_tokens)
         vocabulary = max(vocabulary or 0, len(tokenizer))  # the worker makes room for them
     return tokenizer, Limits(spec.training.max_length, spec.training.long_rows, vocabulary)
-
-
-def known_config(folder: Path, name: str) -> Any:
-    """The model's config, as transformers has it. Raises SpecInvalid where it knows no such model."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise SpecInvalid(f"model {name}: transformers does not know what config.json describes ({words})") from error
 
 
 def _add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:

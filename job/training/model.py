@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from job.data.tokenizing import known_config
 from job.errors import IntegrityFailure, SpecInvalid
 from job.layout import QUANTIZATION_CONFIG
+from job.modelconfig import known_config
 from job.spec import JobSpec
 from job.training.device import DTYPES, Placement
 

@@ -52,8 +52,8 @@ def test_what_does_not_decide_the_rows_leaves_the_key() -> None:
 
 def test_every_module_that_prepares_lies_in_the_package_whose_code_is_in_the_key() -> None:
     surroundings = {
-        "child", "errors", "exits", "files", "inputs", "outcome", "process", "spec", "spec_draft", "spec_problems",
-        "spec_reference", "spec_section", "spec_values", "strict_yaml", "workdir",
+        "child", "errors", "exits", "files", "inputs", "libraries", "modelconfig", "outcome", "process", "spec",
+        "spec_draft", "spec_problems", "spec_reference", "spec_section", "spec_values", "strict_yaml", "workdir",
     }  # fmt: skip
     checks_only = reach("job.training.adapter", KNOWN)  # what is asked of the model is looked over, no row is touched
     reached = {name.removeprefix("job.") for name in reach("job.data.prepare", KNOWN) - checks_only if name in KNOWN}
