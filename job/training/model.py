@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from job.errors import IntegrityFailure, SpecInvalid
 from job.layout import QUANTIZATION_CONFIG
-from job.modelconfig import known_config
+from job.modelconfig import known_config, not_to_be_built
 from job.spec import JobSpec
 from job.training.device import DTYPES, Placement
 
@@ -30,10 +30,13 @@ BASE_DTYPE = "base_dtype"
 
 
 def empty(folder: Path, name: str) -> Any:
-    """The model without weights. Raises SpecInvalid where transformers knows no such model."""
+    """The model without weights. Raises SpecInvalid where transformers can build no such model."""
     config = known_config(folder, name)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a model's code is as little ours as its config's
+        raise not_to_be_built(name, error) from error
     model.tie_weights()  # what replaced the weights took no notice of ties
     return model
 
