@@ -1,5 +1,5 @@
 """What runs in the container: from a mounted spec to a verified, published adapter."""
 
-from job.libraries import leave_out_unused
+from job.libraries import import_sparingly
 
-leave_out_unused()  # before anything of this package imports them
+import_sparingly()  # before anything of this package imports one

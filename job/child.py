@@ -1,6 +1,7 @@
 """What every process started by the supervisor does first: quiet libraries, plain log lines, no life of its own."""
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ SUPERVISOR = "TUNEJOB_SUPERVISOR"
 
 def setup_child() -> None:
     """Plain log lines to stderr, which the supervisor stamps; an end when the supervisor is gone."""
+    gc.freeze()  # what was imported stays
+    gc.enable()  # see ``job.libraries``
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("accelerate", "datasets", "transformers", "httpx", "filelock", "peft", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

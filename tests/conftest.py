@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny models saved as folders, and the real data where it is at hand."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.job import tiny
 from tests.measured import FIGURES
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries made when they were imported is not looked through for garbage after every few tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

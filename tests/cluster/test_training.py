@@ -32,7 +32,7 @@ def test_a_small_model_on_public_data_gives_an_adapter_that_loads_in_stock_peft(
         "smollm2",
         model={"from": small_model, "id": "HuggingFaceTB/SmolLM2-135M-Instruct"},
         data={"train": gsm8k, "eval_split": 0.1, "columns": {"prompt": "question", "completion": "answer"}},
-        training={"max_steps": 6, "batch_size": 4, "max_length": 96, "long_rows": "truncate", "learning_rate": 1e-3},
+        training={"max_steps": 6, "batch_size": 2, "max_length": 96, "long_rows": "truncate", "learning_rate": 1e-3},
         checkpoints={"every_steps": 3},
         evaluation={"max_rows": 4},
     )
