@@ -75,6 +75,7 @@ def assert_loads_and_differs(folder: Path) -> None:
     assert (after - before).abs().max() > 1e-3
 
 
+@pytest.mark.full
 def test_qlora_trains_on_the_node(lab: Lab) -> None:
     kube_job = lab.job(tiny_spec("qlora", method="qlora"))
     kube_job.run().completed()

@@ -170,17 +170,9 @@ MOMENTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], bool]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("moment", "ranks"),
-    [
-        pytest.param("pull", 1, marks=pytest.mark.full),
-        pytest.param("pull", 2, marks=pytest.mark.full),
-        ("upload", 1),
-        pytest.param("upload", 2, marks=pytest.mark.full),
-        pytest.param("publish", 1, marks=pytest.mark.full),
-        pytest.param("publish", 2, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_asked_to_leave_while_bytes_move_it_leaves_in_time_and_loses_nothing(  # T27
     moment: str, ranks: int, straight: dict[str, Any], bucket: Bucket, proxy: Proxy
 ) -> None:
