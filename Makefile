@@ -37,13 +37,11 @@ help:  ## what there is
 set-up: $(READY)  ## the virtual environment, with known-good versions
 
 # torch first and by itself: the wheel for this machine, and with the CPU's no gigabytes of CUDA libraries.
-# Compiled is what a run imports; all that is installed would take a minute more.
 $(READY): pyproject.toml docker/constraints.txt
 	@echo 'setting up .venv: a minute or two, once'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --progress-bar off --disable-pip-version-check $(TORCH) -c docker/constraints.txt
-	$(BIN)/pip install --quiet --no-compile --progress-bar off --disable-pip-version-check -e '.[dev]' -c docker/constraints.txt
-	$(BIN)/python -c 'import accelerate.commands.launch, job.training.train, job.evaluation.verify'
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check $(TORCH) -c docker/constraints.txt
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check -e '.[dev]' -c docker/constraints.txt
 	touch $@
 
 models/SmolLM2-135M-Instruct: | $(READY)
